@@ -1,0 +1,37 @@
+# make train: the main job.  make test: lint, types and tests.  Both create .venv with all that they need.
+# make test VENV= PYTHON=python uses the current interpreter and installs nothing.
+
+VENV ?= .venv
+PYTHON ?= python3
+ifeq ($(strip $(VENV)),)
+PY := $(PYTHON)
+READY :=
+else
+PY := $(VENV)/bin/python
+READY := $(VENV)/.ready
+endif
+
+.PHONY: train test lint bench clean
+
+train: $(READY)
+	$(PY) -m grpo_kernels train --compare $(ARGS)
+
+test: $(READY) lint
+	$(PY) -m pytest $(ARGS)
+
+lint: $(READY)
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+
+bench: $(READY)
+	$(PY) -m grpo_kernels bench $(ARGS)
+
+$(VENV)/.ready: pyproject.toml constraints.txt setup.py
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt torch
+	$(VENV)/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[test]'
+	touch $@
+
+clean:
+	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks .hypothesis

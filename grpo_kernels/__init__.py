@@ -1,0 +1,21 @@
+"""Group Robust Preference Optimization: losses for preference pairs from K groups, aimed at the worst group."""
+
+from grpo_kernels._version import __version__
+from grpo_kernels.dispatch import backends
+from grpo_kernels.functional import linear_sequence_logps, preference_losses, sequence_logps
+from grpo_kernels.group_weights import GroupWeights
+from grpo_kernels.losses import GroupRobustLoss, LinearGroupRobustLoss
+from grpo_kernels.types import IGNORE_INDEX, GroupRobustOutput
+
+__all__ = [
+    "IGNORE_INDEX",
+    "GroupRobustLoss",
+    "GroupRobustOutput",
+    "GroupWeights",
+    "LinearGroupRobustLoss",
+    "__version__",
+    "backends",
+    "linear_sequence_logps",
+    "preference_losses",
+    "sequence_logps",
+]

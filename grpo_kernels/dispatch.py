@@ -1,0 +1,108 @@
+"""Which backend runs an input, and why the others do not: an ordered table that can explain itself."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import cast
+
+import torch
+
+from grpo_kernels.kernels.contract import KernelBackend
+
+ENVIRONMENT_VARIABLE = "GRPO_KERNELS_BACKEND"
+
+
+@dataclass(frozen=True)
+class Request:
+    """The facts about an input that a backend may have reasons to refuse."""
+
+    argument: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+    def __str__(self) -> str:
+        return f"{self.argument} {self.shape} {self.dtype} on {self.device}"
+
+
+def _no_reasons(*_: object) -> list[str]:
+    return []
+
+
+@dataclass(frozen=True)
+class BackendEntry:
+    """A backend: its kernels' module (None: plain autograd over reference.py), and reasons why it cannot run."""
+
+    name: str
+    summary: str
+    module: str | None
+    not_usable_here: Callable[[], list[str]] = field(default=_no_reasons)
+    cannot_run: Callable[[Request], list[str]] = field(default=_no_reasons)
+
+
+# The order is that of preference: `auto` takes the first entry that can run the input.
+BACKENDS: list[BackendEntry] = [
+    BackendEntry("torch", "chunked plain PyTorch, any device", "grpo_kernels.kernels.torch_chunked"),
+    BackendEntry("reference", "unfused textbook in eager PyTorch, any device", None),
+]
+
+
+def entry_of(name: str) -> BackendEntry:
+    for entry in BACKENDS:
+        if entry.name == name:
+            return entry
+    names = ", ".join(repr(known) for known in ("auto", *(entry.name for entry in BACKENDS)))
+    raise ValueError(f"backend must be one of {names}, got {name!r}")
+
+
+def kernels_of(name: str) -> KernelBackend:
+    """The module that implements the contract."""
+    module = entry_of(name).module
+    if module is None:
+        raise ValueError(f"backend {name!r} has no kernels")
+    return cast(KernelBackend, importlib.import_module(module))
+
+
+def reasons_against(entry: BackendEntry, request: Request) -> list[str]:
+    return entry.not_usable_here() or entry.cannot_run(request)
+
+
+def select(backend: str, request: Request) -> BackendEntry:
+    """The entry to run ``request`` with. A backend asked for by name runs it or raises; there is no fallback.
+
+    With ``backend="auto"`` the environment variable GRPO_KERNELS_BACKEND may name one instead.
+    """
+    name = backend
+    if backend == "auto":
+        name = os.environ.get(ENVIRONMENT_VARIABLE) or "auto"
+    if name != "auto":
+        entry = entry_of(name)
+        reasons = reasons_against(entry, request)
+        if reasons:
+            raise NotImplementedError(_refusal(f"backend={name!r}", request, reasons))
+        return entry
+    refusals = []
+    for entry in BACKENDS:
+        reasons = reasons_against(entry, request)
+        if not reasons:
+            return entry
+        refusals += [f"{entry.name}: {reason}" for reason in reasons]
+    raise NotImplementedError(_refusal("no backend", request, refusals))
+
+
+def _refusal(subject: str, request: Request, reasons: list[str]) -> str:
+    lines = "".join(f"\n  - {reason}" for reason in reasons)
+    return f"{subject} cannot run {request}:{lines}\n`python -m grpo_kernels doctor` shows what is usable here."
+
+
+def backends() -> dict[str, list[str]]:
+    """Each backend's name, in order of preference, with the reasons why it is not usable here (none: usable).
+
+    Example:
+        >>> backends()["torch"]
+        []
+    """
+    return {entry.name: list(entry.not_usable_here()) for entry in BACKENDS}

@@ -1,0 +1,75 @@
+"""A small made-up preference task whose groups want different things, so that the worst group matters.
+
+Questions about the colour of things. An answer has three traits: friendly or formal, long or short, right or wrong.
+The two answers of a pair differ in one trait. All groups prefer right; on the rest they pull apart:
+
+    casual    70 %   friendly, long
+    business  22 %   formal,   long
+    editors    8 %   formal,   short
+
+Nothing in the prompt tells the groups apart, so one policy has to serve all. Fitting the pooled pairs follows the
+majority: the editors lose on both tone and length. The policy with the lowest worst-group loss is undecided where
+casual and editors disagree, which costs every group log 2 on such pairs. This follows from the losses alone.
+"""
+
+from __future__ import annotations
+
+import random
+
+from grpo_kernels.data import PreferencePair
+
+SHARES = {"casual": 0.70, "business": 0.22, "editors": 0.08}
+PREFERS = {
+    "casual": {"tone": "friendly", "length": "long"},
+    "business": {"tone": "formal", "length": "long"},
+    "editors": {"tone": "formal", "length": "short"},
+}
+COLOURS = {
+    "red": ("tomato", "ruby", "fire engine", "poppy"),
+    "blue": ("sapphire", "clear sky", "blue whale", "cornflower"),
+    "green": ("emerald", "fern", "frog", "cactus"),
+    "yellow": ("lemon", "canary", "banana", "sunflower"),
+    "white": ("snowflake", "swan", "chalk cliff", "polar bear"),
+    "black": ("raven", "lump of coal", "panther", "night sky"),
+}
+THINGS = [(thing, colour) for colour, things in COLOURS.items() for thing in things]
+QUESTIONS = ("What colour is a {}?", "Tell me the colour of a {}.", "Which colour does a {} have?")
+TRAITS = ("tone", "length", "truth")
+VALUES = {"tone": ("friendly", "formal"), "length": ("long", "short"), "truth": ("right", "wrong")}
+
+
+def generate_pairs(num_pairs: int, seed: int) -> list[PreferencePair]:
+    """``num_pairs`` pairs with groups in the shares of ``SHARES``, the same for the same seed.
+
+    Example:
+        >>> {pair.group for pair in generate_pairs(200, seed=0)} == set(SHARES)
+        True
+    """
+    rng = random.Random(seed)
+    pairs = []
+    for group, share in SHARES.items():
+        pairs += [_pair(group, rng) for _ in range(round(num_pairs * share))]
+    rng.shuffle(pairs)
+    return pairs
+
+
+def _pair(group: str, rng: random.Random) -> PreferencePair:
+    thing, colour = rng.choice(THINGS)
+    differing = rng.choice(TRAITS)
+    traits = {trait: rng.choice(VALUES[trait]) for trait in TRAITS}
+    better = {**PREFERS[group], "truth": "right"}[differing]
+    worse = next(value for value in VALUES[differing] if value != better)
+    wrong = rng.choice([other for other in COLOURS if other != colour])
+    chosen, rejected = (_answer(thing, colour, wrong, {**traits, differing: value}) for value in (better, worse))
+    return PreferencePair(f"User: {rng.choice(QUESTIONS).format(thing)}\nAssistant: ", chosen, rejected, group)
+
+
+def _answer(thing: str, colour: str, wrong: str, traits: dict[str, str]) -> str:
+    said = colour if traits["truth"] == "right" else wrong
+    if traits["tone"] == "friendly":
+        text = f"Oh, that's easy! It's {said}."
+        more = f" Ask me about a {thing} any time!"
+    else:
+        text = f"The colour is {said}."
+        more = f" This is the usual colour of a {thing}."
+    return text + more if traits["length"] == "long" else text

@@ -1,0 +1,197 @@
+"""The stateless functions: validate, select a backend, compute."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from grpo_kernels import dispatch, reference, validation
+from grpo_kernels.autograd import LinearTokenLogps, PairLossFunction, TokenLogps
+from grpo_kernels.pair_losses import PAIR_LOSSES
+from grpo_kernels.segments import packed_sequence_ids, segment_sum
+from grpo_kernels.types import IGNORE_INDEX
+
+
+def sequence_logps(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    cu_seqlens: Tensor | None = None,
+    shift_labels: bool = False,
+    ignore_index: int = IGNORE_INDEX,
+    average: bool = False,
+    inplace_backward: bool = False,
+    backend: str = "auto",
+) -> Tensor:
+    """Log-probability of each sequence's counted labels.
+
+    ``logp_s = sum_t logit[s, t, label] - logsumexp_v logit[s, t, v]`` over the positions whose label is not
+    ``ignore_index``.
+
+    Args:
+        logits: (S, T, V), or packed (N, V) with ``cu_seqlens``; float32, bfloat16, float16 or float64, any strides.
+        labels: (S, T) or (N,), int64 or int32, each ``ignore_index`` or in [0, V). Another value makes the
+            sequence's log-probability NaN (``GRPO_KERNELS_DEBUG=1`` raises instead).
+        cu_seqlens: (S + 1,) int64 or int32, rising from 0 to N: sequence s is rows cu_seqlens[s]:cu_seqlens[s + 1].
+        shift_labels: False: ``labels[:, t]`` is what ``logits[:, t]`` predicts. True: Hugging Face's convention,
+            ``logits[:, t]`` predicts ``labels[:, t + 1]``.
+        ignore_index: label of positions that do not count. Their logits are not read and get gradient 0.
+        average: divide by the number of counted positions (a sequence with none has log-probability 0).
+        inplace_backward: the backward writes the gradient over the logits, which saves their size in memory. Nobody
+            else may need them: PyTorch raises on a later read by autograd, but logits that are a leaf are destroyed.
+            torch.compile ignores it.
+        backend: "auto", or a name from `grpo_kernels.backends`.
+
+    Returns:
+        (S,) float32 whatever the dtype of the logits (bfloat16 turns -812.3 and -811.9 into equal numbers), float64
+        for float64 logits. Differentiable once.
+
+    Raises:
+        ValueError: a wrong shape, device or cu_seqlens. TypeError: a wrong dtype.
+        NotImplementedError: ``backend`` cannot run this input; the message says why.
+
+    Example:
+        >>> sequence_logps(torch.zeros(1, 3, 4), torch.tensor([[1, 2, -100]]))  # 2 * log(1/4)
+        tensor([-2.7726])
+
+    Source: Ramesh et al. 2024, section 2 (pi_theta(y | x) as a sum over tokens).
+    """
+    validation.check_rows_and_labels("logits", logits, labels, cu_seqlens, ignore_index, logits.shape[-1])
+    if shift_labels:
+        labels = _shifted(labels, cu_seqlens, ignore_index)
+    request = dispatch.Request("logits", tuple(logits.shape), logits.dtype, logits.device)
+    entry = dispatch.select(backend, request)
+    if entry.module is None:
+        return reference.sequence_logps(logits, labels, cu_seqlens, ignore_index, average)
+    token_logps = TokenLogps.apply(logits, labels, ignore_index, inplace_backward, entry.name)
+    return _sum_over_sequences(token_logps, labels, cu_seqlens, ignore_index, average)
+
+
+def linear_sequence_logps(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    bias: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    shift_labels: bool = False,
+    ignore_index: int = IGNORE_INDEX,
+    average: bool = False,
+    backend: str = "auto",
+) -> Tensor:
+    """`sequence_logps` of ``hidden @ weight.T + bias`` without ever holding those logits.
+
+    Args:
+        hidden: (S, T, D), or packed (N, D) with ``cu_seqlens``: the last hidden states.
+        weight: (V, D), the language-model head. It must have hidden's dtype, except under autocast, where all are
+            cast as ``torch.nn.functional.linear`` would.
+        labels, cu_seqlens, shift_labels, ignore_index, average, backend: as in `sequence_logps`.
+        bias: (V,) or None.
+
+    Returns:
+        (S,) float32 (float64 for float64 hidden). Differentiable once in hidden, weight and bias; a frozen one gets no
+        gradient computed.
+
+    Raises:
+        ValueError, TypeError, NotImplementedError: as in `sequence_logps`.
+
+    Example:
+        >>> linear_sequence_logps(torch.zeros(1, 3, 2), torch.ones(4, 2), torch.tensor([[1, 2, -100]]))
+        tensor([-2.7726])
+    """
+    validation.check_float_tensor("weight", weight)
+    validation.check_rows_and_labels("hidden", hidden, labels, cu_seqlens, ignore_index, weight.shape[0])
+    hidden, weight, bias = _autocast(hidden, weight, bias)
+    validation.check_head(hidden, weight, bias)
+    if shift_labels:
+        labels = _shifted(labels, cu_seqlens, ignore_index)
+    entry = dispatch.select(backend, dispatch.Request("hidden", tuple(hidden.shape), hidden.dtype, hidden.device))
+    if entry.module is None:
+        return reference.linear_sequence_logps(hidden, weight, bias, labels, cu_seqlens, ignore_index, average)
+    token_logps = LinearTokenLogps.apply(hidden, weight, bias, labels, ignore_index, entry.name)
+    return _sum_over_sequences(token_logps, labels, cu_seqlens, ignore_index, average)
+
+
+def preference_losses(
+    policy_logps: Tensor,
+    ref_logps: Tensor | None = None,
+    *,
+    beta: float | Tensor = 0.1,
+    loss_type: str = "sigmoid",
+    label_smoothing: float = 0.0,
+    margin: Tensor | None = None,
+    weights: Tensor | None = None,
+) -> Tensor:
+    """Loss of each preference pair, from sequence log-probabilities.
+
+    ``l(h_i - margin_i) * weights_i`` with ``h_i = (logp_w - ref_w) - (logp_l - ref_l)``; l by ``loss_type``:
+    "sigmoid" is DPO, "ipo", "hinge" and "robust" (rDPO) as in `grpo_kernels.pair_losses`.
+
+    Args:
+        policy_logps: (2B,), the B chosen sequences first, then the B rejected.
+        ref_logps: (2B,) of the reference policy, without gradient; None leaves it out (reference-free).
+        beta: positive number, or (B,) tensor with one for each pair.
+        loss_type: "sigmoid", "ipo", "hinge" or "robust".
+        label_smoothing: in [0, 1/2); the share of flipped labels, for "sigmoid" (cDPO) and "robust".
+        margin: (B,) target margins in units of h: a pair must win by so much (ODPO's offset is beta * margin).
+        weights: (B,) factors of the pair losses.
+
+    Returns:
+        (B,) losses, differentiable once in ``policy_logps``.
+
+    Raises:
+        ValueError: a wrong shape or range. TypeError: a wrong dtype.
+
+    Example:
+        >>> preference_losses(torch.tensor([-1.0, -1.0]), beta=0.5)  # no preference either way: log 2
+        tensor([0.6931])
+    """
+    validation.check_logps(policy_logps, ref_logps)
+    num_pairs = policy_logps.shape[0] // 2
+    validation.check_beta(beta, num_pairs)
+    validation.check_loss_options(loss_type, label_smoothing, PAIR_LOSSES)
+    ratios = policy_logps if ref_logps is None else policy_logps - ref_logps
+    h = ratios[:num_pairs] - ratios[num_pairs:]
+    if margin is not None:
+        validation.check_pair_vector("margin", margin, num_pairs)
+        h = h - margin
+    losses = PairLossFunction.apply(h, beta, loss_type, label_smoothing)
+    if weights is not None:
+        validation.check_pair_vector("weights", weights, num_pairs)
+        losses = losses * weights
+    return losses
+
+
+def _shifted(labels: Tensor, cu_seqlens: Tensor | None, ignore_index: int) -> Tensor:
+    """Labels moved one to the left: row t holds what it predicts, and the last row of a sequence predicts nothing."""
+    nothing = labels.new_full((*labels.shape[:-1], 1), ignore_index)
+    shifted = torch.cat([labels[..., 1:], nothing], dim=-1)
+    if cu_seqlens is None:
+        return shifted
+    ids = packed_sequence_ids(cu_seqlens, labels.shape[0])
+    next_is_other = torch.cat([ids[1:] != ids[:-1], ids.new_ones(1, dtype=torch.bool)])
+    return shifted.masked_fill(next_is_other, ignore_index)
+
+
+def _sum_over_sequences(
+    token_logps: Tensor, labels: Tensor, cu_seqlens: Tensor | None, ignore_index: int, average: bool
+) -> Tensor:
+    """(S,) sums, added up in float64 so that thousands of tokens cost no digits."""
+    counted = labels != ignore_index
+    if cu_seqlens is None:
+        sums, counts = token_logps.double().sum(-1), counted.sum(-1)
+    else:
+        ids, num_sequences = packed_sequence_ids(cu_seqlens, labels.shape[0]), cu_seqlens.shape[0] - 1
+        sums = segment_sum(token_logps, ids, num_sequences)
+        counts = segment_sum(counted, ids, num_sequences)
+    if average:
+        sums = sums / counts.clamp(min=1)
+    return sums.to(token_logps.dtype)
+
+
+def _autocast(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    device_type = hidden.device.type
+    if not torch.is_autocast_enabled(device_type) or hidden.dtype == torch.float64:
+        return hidden, weight, bias
+    dtype = torch.get_autocast_dtype(device_type)
+    return hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)

@@ -1,0 +1,278 @@
+"""GroupWeights: alpha, the weights of the groups, and the only state of the method."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from grpo_kernels import validation
+from grpo_kernels.types import ESTIMATORS, UPDATE_MODES
+
+
+class GroupWeights(nn.Module):
+    """Weights alpha of K groups on the simplex, moved towards the groups that do worst.
+
+    One update is a step of exponentiated gradient ascent on the group losses L_g of a batch:
+    ``alpha_g <- alpha_g exp(step_size * L_g) / sum_k alpha_k exp(step_size * L_k)`` (Ramesh et al. 2024,
+    algorithm 1). It is kept and computed as log alpha in float64, whatever dtype the module is cast to.
+
+    Args:
+        num_groups: K; may be left out when ``group_sizes`` is given.
+        group_sizes: (K,) whole numbers N_g >= 1, the pairs of each group in the training set. The importance
+            estimator and the adjustment need them.
+        step_size: eta >= 0; 0 keeps alpha uniform.
+        estimator: "importance": L_g = (N / N_g) / B * sum of the group's pair losses, for pairs drawn from the pooled
+            data. "group_mean": the mean over the batch's pairs of the group, for batches balanced over groups; a
+            group that the batch lacks keeps its alpha.
+        adjustment: C >= 0; adds C / sqrt(N_g) to the losses that move alpha (group DRO, Sagawa et al. 2020).
+        update: "inline": each training forward moves alpha before it weighs the loss, as in the paper. "lagged":
+            forwards weigh with the current alpha and add up statistics; call `step` beside ``optimizer.step()``.
+            Right under gradient accumulation.
+        floor: in [0, 1): alpha becomes ``(1 - floor) * alpha + floor / K`` after each update, so no group falls below
+            floor / K and any can come back.
+        chi: in [0, 1]: the loss is weighed by ``(1 - chi) / K + chi * alpha`` and the step is eta * chi. 1 is the
+            method, 0 plain importance sampling (paper, appendix B.4).
+
+    Attributes:
+        skipped_updates: 0-d int64, updates left out because a group's loss was not finite.
+
+    Raises:
+        ValueError, TypeError: an argument is out of its range; the message names it.
+
+    Example:
+        >>> weights = GroupWeights(group_sizes=[30, 10], step_size=1.0)
+        >>> weights.update(torch.tensor([3.0, 3.0]), torch.tensor([3, 1]))  # the rare group did worse
+        >>> weights.alpha
+        tensor([0.1192, 0.8808], dtype=torch.float64)
+    """
+
+    log_alpha: Tensor
+    group_sizes: Tensor | None
+    pending_sums: Tensor
+    pending_counts: Tensor
+    skipped_updates: Tensor
+
+    def __init__(
+        self,
+        num_groups: int | None = None,
+        *,
+        group_sizes: Any = None,
+        step_size: float,
+        estimator: str = "importance",
+        adjustment: float = 0.0,
+        update: str = "inline",
+        floor: float = 0.0,
+        chi: float = 1.0,
+    ) -> None:
+        super().__init__()
+        validation.check_number("step_size", step_size, 0.0)
+        validation.check_number("adjustment", adjustment, 0.0)
+        validation.check_number("floor", floor, 0.0, 1.0, open_high=True)
+        validation.check_number("chi", chi, 0.0, 1.0)
+        validation.check_choice("estimator", estimator, ESTIMATORS)
+        validation.check_choice("update", update, UPDATE_MODES)
+        if num_groups is not None and (isinstance(num_groups, bool) or not isinstance(num_groups, int)):
+            raise TypeError(f"num_groups must be an int, got {type(num_groups).__name__}")
+        if num_groups is not None and num_groups < 1:
+            raise ValueError(f"num_groups must be at least 1, got {num_groups}")
+        if group_sizes is None:
+            if num_groups is None:
+                raise ValueError("num_groups or group_sizes must be given, got neither")
+            if estimator == "importance" or adjustment:
+                reason = "estimator='importance'" if estimator == "importance" else f"adjustment={adjustment}"
+                raise ValueError(f"group_sizes must be given for {reason}, got None")
+        sizes = None if group_sizes is None else validation.group_sizes_tensor(group_sizes, num_groups)
+        self.num_groups: int = int(sizes.shape[0]) if sizes is not None else int(num_groups or 0)
+        self.step_size = float(step_size)
+        self.estimator = estimator
+        self.adjustment = float(adjustment)
+        self.update_mode = update
+        self.floor = float(floor)
+        self.chi = float(chi)
+        self._warned = False
+        self._last_update: tuple[Tensor, Tensor] | None = None
+        self.register_buffer("log_alpha", torch.empty(self.num_groups, dtype=torch.float64))
+        self.register_buffer("group_sizes", sizes)
+        self.register_buffer("pending_sums", torch.empty(self.num_groups, dtype=torch.float64))
+        self.register_buffer("pending_counts", torch.empty(self.num_groups, dtype=torch.int64))
+        self.register_buffer("skipped_updates", torch.empty((), dtype=torch.int64))
+        self.reset_parameters()
+        self.register_state_dict_pre_hook(GroupWeights._warn_before_saving)
+
+    def reset_parameters(self) -> None:
+        """Uniform alpha, no pending statistics. (Also what fills the buffers after ``to_empty``.)"""
+        with torch.no_grad():
+            self.log_alpha.fill_(-math.log(self.num_groups))
+            self.pending_sums.zero_()
+            self.pending_counts.zero_()
+            self.skipped_updates.zero_()
+
+    @property
+    def alpha(self) -> Tensor:
+        """(K,) float64, on the simplex: a copy."""
+        return self.log_alpha.exp()
+
+    def loss_weights(self) -> Tensor:
+        """(K,) float64: what weighs L_g in the loss; alpha, mixed with the uniform weights if chi < 1."""
+        return (1 - self.chi) / self.num_groups + self.chi * self.alpha
+
+    def group_losses(self, group_loss_sums: Tensor, group_counts: Tensor) -> Tensor:
+        """(K,) float64: L_g by the estimator, from the batch's sums of pair losses and counts of pairs."""
+        sums = group_loss_sums.double()
+        if self.estimator == "group_mean":
+            return sums / group_counts.clamp(min=1)
+        assert self.group_sizes is not None  # __init__ asked for them
+        return self.group_sizes.sum() / self.group_sizes * sums / group_counts.sum().clamp(min=1)
+
+    @torch.no_grad()
+    def update(self, group_loss_sums: Tensor, group_counts: Tensor) -> None:
+        """Move alpha once by the pair-loss sums (K,) and pair counts (K,) of a batch.
+
+        If any sum is not finite, alpha stays, ``skipped_updates`` grows by one and the first time warns.
+        """
+        self._check_statistics(group_loss_sums, group_counts)
+        present = group_counts > 0
+        losses = self.group_losses(group_loss_sums, group_counts)
+        if self.adjustment:
+            assert self.group_sizes is not None  # __init__ asked for them
+            losses = losses + self.adjustment / self.group_sizes.sqrt()
+        if self.estimator == "importance":  # an absent group's loss of 0 is unbiased as it stands
+            present = torch.ones_like(present)
+        finite = torch.isfinite(group_loss_sums).all()
+        moved = self._moved_log_alpha(losses, present)
+        # An empty batch, or one without finite losses, moves nothing.
+        self.log_alpha.copy_(torch.where(finite & (group_counts.sum() > 0), moved, self.log_alpha))
+        self.skipped_updates.add_((~finite).long())
+        if not torch.compiler.is_compiling() and self.log_alpha.device.type == "cpu":
+            self._warn_if_skipped()
+
+    def accumulate(self, group_loss_sums: Tensor, group_counts: Tensor) -> None:
+        """Add a batch's statistics to those that the next `step` will use (what forwards do in lagged mode)."""
+        self._check_statistics(group_loss_sums, group_counts)
+        with torch.no_grad():
+            self.pending_sums.add_(group_loss_sums)
+            self.pending_counts.add_(group_counts)
+
+    def step(self) -> None:
+        """In lagged mode: one update from all forwards since the last step. Call it beside ``optimizer.step()``."""
+        if self.update_mode != "lagged":
+            raise RuntimeError("step() belongs to update='lagged'; with update='inline' each forward moves alpha")
+        self.update(self.pending_sums, self.pending_counts)
+        self.pending_sums.zero_()
+        self.pending_counts.zero_()
+
+    def observe(self, group_loss_sums: Tensor, group_counts: Tensor) -> None:
+        """What a forward of the loss does with its batch: move alpha, or add to the statistics, or nothing.
+
+        Nothing in eval mode, under no_grad, and when activation checkpointing runs the forward again inside a backward.
+        """
+        if not self.training or not torch.is_grad_enabled():
+            return
+        if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
+            self._check_recomputed(group_loss_sums, group_counts)
+            return
+        if self.update_mode == "lagged":
+            self.accumulate(group_loss_sums, group_counts)
+        else:
+            self.update(group_loss_sums, group_counts)
+        if not torch.compiler.is_compiling():
+            self._last_update = (group_loss_sums, group_counts)
+
+    def extra_repr(self) -> str:
+        return (
+            f"num_groups={self.num_groups}, step_size={self.step_size}, estimator={self.estimator!r}, "
+            f"adjustment={self.adjustment}, update={self.update_mode!r}, floor={self.floor}, chi={self.chi}"
+        )
+
+    def _moved_log_alpha(self, losses: Tensor, present: Tensor) -> Tensor:
+        """log alpha after one step: the present groups share their mass anew, the absent ones keep theirs.
+
+        alpha_g = floor/K + (mass of the present - floor/K each) * softmax_g(log alpha + eta L) over the present.
+        """
+        score = self.log_alpha + self.step_size * self.chi * losses
+        score = score.masked_fill(~present, -math.inf)
+        log_share = score - score.logsumexp(0)
+        log_mass = self.log_alpha.masked_fill(~present, -math.inf).logsumexp(0)
+        if self.floor:
+            least = self.floor / self.num_groups
+            above = (log_mass.exp() - least * present.sum()).clamp(min=0)
+            moved = torch.logaddexp(torch.full_like(log_share, math.log(least)), above.log() + log_share)
+        else:
+            moved = log_mass + log_share
+        moved = torch.where(present, moved, self.log_alpha)
+        return moved - moved.logsumexp(0)  # rounding must not drift off the simplex over a million steps
+
+    def _check_statistics(self, group_loss_sums: Tensor, group_counts: Tensor) -> None:
+        validation.check_float_tensor("group_loss_sums", group_loss_sums)
+        validation.check_tensor("group_counts", group_counts)
+        for name, value in (("group_loss_sums", group_loss_sums), ("group_counts", group_counts)):
+            if value.shape != (self.num_groups,):
+                raise ValueError(f"{name} must have shape ({self.num_groups},), got {tuple(value.shape)}")
+
+    def _check_recomputed(self, group_loss_sums: Tensor, group_counts: Tensor) -> None:
+        """A forward run again must be the last one: another would be weighed by an alpha that has moved on."""
+        last = self._last_update
+        same = (
+            last is not None
+            and torch.equal(last[1], group_counts)
+            and torch.allclose(last[0], group_loss_sums, rtol=1e-3, equal_nan=True)
+        )
+        if not same and self.update_mode == "inline":
+            raise RuntimeError(
+                "a checkpointed GroupRobustLoss is run again for a batch that is not the last one that moved alpha. "
+                "Call backward after each forward, use torch.utils.checkpoint with use_reentrant=False, "
+                "use update='lagged', or keep the loss outside the checkpointed region"
+            )
+
+    def _warn_if_skipped(self) -> None:
+        if not self._warned and int(self.skipped_updates) > 0:
+            self._warned = True
+            warnings.warn(
+                "a group's loss was not finite (NaN or inf): alpha was not updated for that batch. This warns once; "
+                "GroupWeights.skipped_updates counts on",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+
+    @staticmethod
+    def _warn_before_saving(module: nn.Module, prefix: str, keep_vars: bool) -> None:
+        # On a GPU the counter is not read back at each update; a checkpoint reads it anyway.
+        assert isinstance(module, GroupWeights)
+        if not module.skipped_updates.is_meta:
+            module._warn_if_skipped()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> GroupWeights:
+        """Follow moves between devices, but no dtype casts: ``model.bfloat16()`` must not round log alpha."""
+        kept = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
+        super()._apply(fn, recurse)
+        for name, buffer in kept.items():
+            changed = self._buffers[name]
+            assert changed is not None
+            if changed.dtype != buffer.dtype:
+                self._buffers[name] = buffer.to(changed.device)
+        self._last_update = None
+        return self
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        """Refuse the alpha of other groups: a checkpoint's group sizes must be this module's."""
+        mine, theirs = self.group_sizes, state_dict.get(f"{prefix}group_sizes")
+        if mine is not None and theirs is not None and mine.tolist() != theirs.tolist():
+            error_msgs.append(f"group_sizes of the checkpoint {theirs.tolist()} are not this module's {mine.tolist()}")
+            return
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )

@@ -1,0 +1,230 @@
+"""The losses as modules: GroupRobustLoss on logits, LinearGroupRobustLoss on hidden states and the head's weight."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from grpo_kernels import validation
+from grpo_kernels.functional import linear_sequence_logps, preference_losses, sequence_logps
+from grpo_kernels.group_weights import GroupWeights
+from grpo_kernels.pair_losses import PAIR_LOSSES
+from grpo_kernels.segments import segment_sum
+from grpo_kernels.types import IGNORE_INDEX, GroupRobustOutput
+
+
+class _GroupRobustLossBase(nn.Module):
+    """Options that both losses share, and everything after the sequence log-probabilities."""
+
+    def __init__(
+        self,
+        group_weights: GroupWeights,
+        *,
+        beta: float = 0.1,
+        loss_type: str = "sigmoid",
+        label_smoothing: float = 0.0,
+        reference_free: bool = False,
+        average_log_prob: bool = False,
+        ignore_index: int = IGNORE_INDEX,
+        shift_labels: bool = False,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        if not isinstance(group_weights, GroupWeights):
+            raise TypeError(f"group_weights must be a GroupWeights, got {type(group_weights).__name__}")
+        validation.check_beta(beta)
+        validation.check_loss_options(loss_type, label_smoothing, PAIR_LOSSES)
+        self.group_weights = group_weights
+        self.beta = beta
+        self.loss_type = loss_type
+        self.label_smoothing = label_smoothing
+        self.reference_free = reference_free
+        self.average_log_prob = average_log_prob
+        self.ignore_index = ignore_index
+        self.shift_labels = shift_labels
+        self.backend = backend
+
+    def from_logps(
+        self,
+        policy_logps: Tensor,
+        group_ids: Tensor,
+        ref_logps: Tensor | None = None,
+        *,
+        beta: float | Tensor | None = None,
+        margin: Tensor | None = None,
+        weights: Tensor | None = None,
+    ) -> GroupRobustOutput:
+        """The loss from log-probabilities (2B,) that were computed elsewhere, chosen first.
+
+        In training mode with gradients on: pair losses -> group losses -> alpha update -> loss with the new alpha.
+        """
+        validation.check_logps(policy_logps, ref_logps)
+        validation.check_reference(self.reference_free, ref_logps)
+        num_pairs, num_groups = policy_logps.shape[0] // 2, self.group_weights.num_groups
+        validation.check_group_ids(group_ids, num_pairs, num_groups, policy_logps.device)
+        beta = self.beta if beta is None else beta
+        losses = preference_losses(
+            policy_logps,
+            ref_logps,
+            beta=beta,
+            loss_type=self.loss_type,
+            label_smoothing=self.label_smoothing,
+            margin=margin,
+            weights=weights,
+        )
+        # An id outside [0, K) indexes nothing: its pair's loss becomes NaN, and with it the batch's.
+        known = (group_ids >= 0) & (group_ids < num_groups)
+        ids = torch.where(known, group_ids, 0)
+        losses = losses.masked_fill(~known, torch.nan)
+        sums = segment_sum(losses, ids, num_groups)
+        counts = segment_sum(torch.ones_like(losses, requires_grad=False), ids, num_groups).long()
+        self.group_weights.observe(sums.detach(), counts)
+        group_losses = self.group_weights.group_losses(sums, counts)
+        loss = (self.group_weights.loss_weights() * group_losses).sum().to(losses.dtype)
+        ratios = policy_logps.detach() if ref_logps is None else policy_logps.detach() - ref_logps
+        return GroupRobustOutput(
+            loss=loss,
+            pair_losses=losses,
+            group_losses=group_losses,
+            group_counts=counts,
+            alpha=self.group_weights.alpha,
+            chosen_logps=policy_logps[:num_pairs],
+            rejected_logps=policy_logps[num_pairs:],
+            chosen_rewards=beta * ratios[:num_pairs],
+            rejected_rewards=beta * ratios[num_pairs:],
+        )
+
+    def extra_repr(self) -> str:
+        return (
+            f"beta={self.beta}, loss_type={self.loss_type!r}, label_smoothing={self.label_smoothing}, "
+            f"reference_free={self.reference_free}, average_log_prob={self.average_log_prob}, backend={self.backend!r}"
+        )
+
+
+class GroupRobustLoss(_GroupRobustLossBase):
+    """Group-robust DPO (or IPO, hinge, rDPO) on logits.
+
+    ``loss = sum_g alpha_g L_g`` with alpha moved towards the groups that do worst (Ramesh et al. 2024, algorithm 1).
+
+    Args:
+        group_weights: the `GroupWeights` that hold alpha. They may be shared by several losses.
+        beta: positive number; the strength of the pull towards the reference policy.
+        loss_type: "sigmoid" (GR-DPO), "ipo" (GR-IPO), "hinge" or "robust".
+        label_smoothing: in [0, 1/2), for "sigmoid" and "robust".
+        reference_free: leave the reference policy out; ``ref_logps`` must then be None.
+        average_log_prob: divide log-probabilities by the number of counted tokens (TRL does so for IPO).
+        ignore_index: label of positions that do not count.
+        shift_labels: True where ``logits[:, t]`` predicts ``labels[:, t + 1]`` (Hugging Face).
+        inplace_backward: write the gradient over the logits; see `sequence_logps`.
+        backend: "auto" or a name from `grpo_kernels.backends`.
+
+    Example:
+        >>> weights = GroupWeights(group_sizes=[30, 10], step_size=0.01)
+        >>> loss_fn = GroupRobustLoss(weights, beta=0.1, reference_free=True)
+        >>> out = loss_fn(torch.zeros(4, 3, 5), torch.ones(4, 3, dtype=torch.long), torch.tensor([0, 1]))
+        >>> out.pair_losses  # chosen and rejected are as likely: log 2
+        tensor([0.6931, 0.6931])
+    """
+
+    def __init__(
+        self,
+        group_weights: GroupWeights,
+        *,
+        beta: float = 0.1,
+        loss_type: str = "sigmoid",
+        label_smoothing: float = 0.0,
+        reference_free: bool = False,
+        average_log_prob: bool = False,
+        ignore_index: int = IGNORE_INDEX,
+        shift_labels: bool = False,
+        inplace_backward: bool = False,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__(
+            group_weights,
+            beta=beta,
+            loss_type=loss_type,
+            label_smoothing=label_smoothing,
+            reference_free=reference_free,
+            average_log_prob=average_log_prob,
+            ignore_index=ignore_index,
+            shift_labels=shift_labels,
+            backend=backend,
+        )
+        self.inplace_backward = inplace_backward
+
+    def forward(
+        self,
+        logits: Tensor,
+        labels: Tensor,
+        group_ids: Tensor,
+        ref_logps: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        *,
+        beta: float | Tensor | None = None,
+        margin: Tensor | None = None,
+        weights: Tensor | None = None,
+    ) -> GroupRobustOutput:
+        """Loss of a batch of B pairs as 2B sequences, the chosen first.
+
+        Args:
+            logits: (2B, T, V), or packed (N, V) with cu_seqlens (2B + 1,).
+            labels: (2B, T) or (N,).
+            group_ids: (B,) int64 or int32 in [0, K). Another value makes the loss NaN and leaves alpha
+                (``GRPO_KERNELS_DEBUG=1`` raises instead).
+            ref_logps: (2B,) log-probabilities under the reference policy, without gradient.
+            beta, margin, weights: per-pair overrides as in `preference_losses`.
+        """
+        validation.check_pair_batch(_num_sequences(logits, cu_seqlens))
+        logps = sequence_logps(
+            logits,
+            labels,
+            cu_seqlens=cu_seqlens,
+            shift_labels=self.shift_labels,
+            ignore_index=self.ignore_index,
+            average=self.average_log_prob,
+            inplace_backward=self.inplace_backward,
+            backend=self.backend,
+        )
+        return self.from_logps(logps, group_ids, ref_logps, beta=beta, margin=margin, weights=weights)
+
+
+class LinearGroupRobustLoss(_GroupRobustLossBase):
+    """`GroupRobustLoss` on hidden states and the head's weight; the (2B, T, V) logits are never held.
+
+    Arguments and defaults are those of `GroupRobustLoss`, without ``inplace_backward``.
+    """
+
+    def forward(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        group_ids: Tensor,
+        ref_logps: Tensor | None = None,
+        bias: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        *,
+        beta: float | Tensor | None = None,
+        margin: Tensor | None = None,
+        weights: Tensor | None = None,
+    ) -> GroupRobustOutput:
+        """As `GroupRobustLoss.forward`, with hidden (2B, T, D) or packed (N, D), weight (V, D) and bias (V,)."""
+        validation.check_pair_batch(_num_sequences(hidden, cu_seqlens))
+        logps = linear_sequence_logps(
+            hidden,
+            weight,
+            labels,
+            bias=bias,
+            cu_seqlens=cu_seqlens,
+            shift_labels=self.shift_labels,
+            ignore_index=self.ignore_index,
+            average=self.average_log_prob,
+            backend=self.backend,
+        )
+        return self.from_logps(logps, group_ids, ref_logps, beta=beta, margin=margin, weights=weights)
+
+
+def _num_sequences(rows: Tensor, cu_seqlens: Tensor | None) -> int:
+    validation.check_tensor("logits or hidden", rows)
+    return rows.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1

@@ -1,0 +1,65 @@
+"""The vocabulary of the package: option names, and what a loss returns."""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor
+
+LossType = Literal["sigmoid", "ipo", "hinge", "robust"]
+Estimator = Literal["importance", "group_mean"]
+UpdateMode = Literal["inline", "lagged"]
+Backend = Literal["auto", "torch", "reference"]
+
+LOSS_TYPES: tuple[str, ...] = get_args(LossType)
+ESTIMATORS: tuple[str, ...] = get_args(Estimator)
+UPDATE_MODES: tuple[str, ...] = get_args(UpdateMode)
+
+IGNORE_INDEX = -100
+"""Label of a position that does not count (prompt, padding): PyTorch's own convention."""
+
+
+class GroupRobustOutput(NamedTuple):
+    """What a group-robust loss returns: B pairs, K groups.
+
+    Differentiable in the policy: ``loss``, ``pair_losses``, ``group_losses``, ``chosen_logps`` and
+    ``rejected_logps``. The rest is detached.
+    """
+
+    loss: Tensor
+    """0-d: sum_g alpha_g(new) L_g. Call ``.backward()`` on this."""
+    pair_losses: Tensor
+    """(B,): l(h_i), times the pair's weight where weights were given."""
+    group_losses: Tensor
+    """(K,): L_g of the batch by the chosen estimator; 0 for a group that the batch lacks."""
+    group_counts: Tensor
+    """(K,) int64: pairs of each group in the batch."""
+    alpha: Tensor
+    """(K,) float64: the group weights after this batch's update."""
+    chosen_logps: Tensor
+    """(B,): log-probability of each chosen answer under the policy."""
+    rejected_logps: Tensor
+    """(B,): the same for the rejected answers."""
+    chosen_rewards: Tensor
+    """(B,): beta * (policy - reference) log-probability of the chosen answers."""
+    rejected_rewards: Tensor
+    """(B,): the same for the rejected answers."""
+
+    def metrics(self) -> dict[str, Tensor]:
+        """Batch means under TRL's names, as detached 0-d views of one tensor.
+
+        Nothing is copied to the host here; ``torch.stack(list(m.values())).tolist()`` costs one copy for all.
+        """
+        margins = self.chosen_rewards - self.rejected_rewards
+        values = {
+            "loss": self.loss.detach(),
+            "rewards/chosen": self.chosen_rewards.mean(),
+            "rewards/rejected": self.rejected_rewards.mean(),
+            "rewards/accuracies": (margins > 0).to(margins.dtype).mean(),
+            "rewards/margins": margins.mean(),
+            "logps/chosen": self.chosen_logps.detach().mean(),
+            "logps/rejected": self.rejected_logps.detach().mean(),
+        }
+        packed = torch.stack([value.to(margins.dtype) for value in values.values()])
+        return dict(zip(values, packed.unbind(), strict=True))

@@ -1,0 +1,216 @@
+"""Every rule on user input, stated once. Each error names the argument, the rule and the value."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+LOGITS_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+INDEX_DTYPES = (torch.int64, torch.int32)
+
+
+def debug_checks_on() -> bool:
+    """True when GRPO_KERNELS_DEBUG=1: labels and ids are read back and checked (a host synchronisation)."""
+    return os.environ.get("GRPO_KERNELS_DEBUG", "0") not in ("", "0") and not torch.compiler.is_compiling()
+
+
+def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def check_number(
+    name: str,
+    value: Any,
+    low: float,
+    high: float = math.inf,
+    *,
+    open_low: bool = False,
+    open_high: bool = False,
+) -> None:
+    """A finite real number in the interval; bool and tensors are refused."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    above = value > low if open_low else value >= low
+    below = value < high if open_high else value <= high
+    if not (math.isfinite(value) and above and below):
+        interval = f"{'(' if open_low else '['}{low}, {high}{')' if open_high or high == math.inf else ']'}"
+        raise ValueError(f"{name} must be finite and in {interval}, got {value}")
+
+
+def check_tensor(name: str, value: Any) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+
+
+def check_index_tensor(name: str, value: Any) -> None:
+    check_tensor(name, value)
+    if value.dtype not in INDEX_DTYPES:
+        raise TypeError(f"{name} must be int64 or int32, got {value.dtype}")
+
+
+def check_float_tensor(name: str, value: Any) -> None:
+    check_tensor(name, value)
+    if value.dtype not in LOGITS_DTYPES:
+        raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {value.dtype}")
+
+
+def check_same_device(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
+    if value.device != other.device:
+        raise ValueError(f"{name} must be on {other_name}'s device {other.device}, got {value.device}")
+
+
+def check_rows_and_labels(
+    rows_name: str, rows: Tensor, labels: Tensor, cu_seqlens: Tensor | None, ignore_index: int, vocab_size: int
+) -> None:
+    """``rows`` is logits (S,T,V) or hidden (S,T,D), or packed (N,V) / (N,D) with cu_seqlens; labels fit its rows."""
+    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
+        raise TypeError(f"ignore_index must be an int, got {type(ignore_index).__name__}")
+    check_float_tensor(rows_name, rows)
+    check_index_tensor("labels", labels)
+    want = 3 if cu_seqlens is None else 2
+    if rows.dim() != want:
+        layout = "(S, T, .) without cu_seqlens" if cu_seqlens is None else "(N, .) with cu_seqlens"
+        raise ValueError(f"{rows_name} must have {want} dimensions, {layout}, got shape {tuple(rows.shape)}")
+    if rows.shape[-1] == 0 or vocab_size == 0:
+        raise ValueError(f"{rows_name} must not have an empty last dimension, got shape {tuple(rows.shape)}")
+    if labels.shape != rows.shape[:-1]:
+        raise ValueError(
+            f"labels must have shape {tuple(rows.shape[:-1])}, one for each row of {rows_name}, "
+            f"got {tuple(labels.shape)}"
+        )
+    check_same_device("labels", labels, rows_name, rows)
+    if cu_seqlens is not None:
+        _check_cu_seqlens(cu_seqlens, rows_name, rows)
+    if debug_checks_on():
+        bad = (labels != ignore_index) & ((labels < 0) | (labels >= vocab_size))
+        if bad.any():
+            value = labels[bad][0].item()
+            raise ValueError(f"labels must be {ignore_index} or in [0, {vocab_size}), got {value}")
+
+
+def _check_cu_seqlens(cu_seqlens: Tensor, rows_name: str, rows: Tensor) -> None:
+    check_index_tensor("cu_seqlens", cu_seqlens)
+    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2:
+        raise ValueError(f"cu_seqlens must have shape (S + 1,) with S >= 1, got {tuple(cu_seqlens.shape)}")
+    check_same_device("cu_seqlens", cu_seqlens, rows_name, rows)
+    # On a GPU the values are read back only in debug mode; on the CPU looking at them costs nothing.
+    readable = cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling()
+    if readable or debug_checks_on():
+        ends = cu_seqlens.tolist()
+        if ends[0] != 0 or ends[-1] != rows.shape[0] or any(b < a for a, b in pairwise(ends)):
+            raise ValueError(
+                f"cu_seqlens must rise from 0 to {rows.shape[0]}, the number of rows of {rows_name}, got {ends}"
+            )
+
+
+def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """hidden (..., D), weight (V, D), bias (V,): same device, and same dtype."""
+    check_float_tensor("weight", weight)
+    if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1]:
+        raise ValueError(f"weight must have shape (V, {hidden.shape[-1]}), got {tuple(weight.shape)}")
+    named = [("weight", weight)]
+    if bias is not None:
+        check_float_tensor("bias", bias)
+        if bias.shape != weight.shape[:1]:
+            raise ValueError(f"bias must have shape ({weight.shape[0]},), got {tuple(bias.shape)}")
+        named.append(("bias", bias))
+    for name, tensor in named:
+        check_same_device(name, tensor, "hidden", hidden)
+        if tensor.dtype != hidden.dtype:
+            raise TypeError(f"{name} must have hidden's dtype {hidden.dtype}, got {tensor.dtype}")
+
+
+def check_loss_options(loss_type: str, label_smoothing: float, loss_types: dict[str, Any]) -> None:
+    """``loss_types`` is pair_losses.PAIR_LOSSES, handed in so that this file imports nothing of ours."""
+    check_choice("loss_type", loss_type, tuple(loss_types))
+    check_number("label_smoothing", label_smoothing, 0.0, 0.5, open_high=True)
+    if label_smoothing and not loss_types[loss_type].uses_label_smoothing:
+        raise ValueError(f"label_smoothing has no meaning for loss_type={loss_type!r}, got {label_smoothing}")
+
+
+def check_beta(beta: Any, num_pairs: int | None = None) -> None:
+    """A positive finite number, or one for each pair. A tensor's values are checked in debug mode."""
+    if not isinstance(beta, Tensor):
+        return check_number("beta", beta, 0.0, open_low=True)
+    check_pair_vector("beta", beta, num_pairs)
+    if debug_checks_on() and not bool((beta > 0).all()):
+        raise ValueError(f"beta must be positive for each pair, got {beta.min().item()}")
+
+
+def check_pair_vector(name: str, value: Any, num_pairs: int | None) -> None:
+    check_float_tensor(name, value)
+    if value.dim() != 1 or (num_pairs is not None and value.shape[0] != num_pairs):
+        want = "B" if num_pairs is None else num_pairs
+        raise ValueError(f"{name} must have shape ({want},), one for each pair, got {tuple(value.shape)}")
+    if value.requires_grad:
+        raise ValueError(f"{name} is a constant of the loss: pass {name}.detach()")
+
+
+def check_logps(policy_logps: Tensor, ref_logps: Tensor | None) -> None:
+    check_float_tensor("policy_logps", policy_logps)
+    if policy_logps.dim() != 1 or policy_logps.shape[0] % 2:
+        raise ValueError(
+            "policy_logps must have shape (2B,), the B chosen sequences first and then the B rejected, "
+            f"got {tuple(policy_logps.shape)}"
+        )
+    if ref_logps is not None:
+        check_float_tensor("ref_logps", ref_logps)
+        if ref_logps.shape != policy_logps.shape:
+            raise ValueError(
+                f"ref_logps must have policy_logps' shape {tuple(policy_logps.shape)}, got {tuple(ref_logps.shape)}"
+            )
+        check_same_device("ref_logps", ref_logps, "policy_logps", policy_logps)
+        if ref_logps.requires_grad:
+            raise ValueError("ref_logps is a constant of the loss: compute it under torch.no_grad() or detach it")
+
+
+def check_reference(reference_free: bool, ref_logps: Tensor | None) -> None:
+    if reference_free and ref_logps is not None:
+        raise ValueError("ref_logps must be None when reference_free=True, got a tensor")
+    if not reference_free and ref_logps is None:
+        raise ValueError(
+            "ref_logps must be given, one for each of the 2B sequences, unless reference_free=True, got None"
+        )
+
+
+def check_group_ids(group_ids: Tensor, num_pairs: int, num_groups: int, device: torch.device) -> None:
+    check_index_tensor("group_ids", group_ids)
+    if group_ids.shape != (num_pairs,):
+        raise ValueError(
+            f"group_ids must have shape ({num_pairs},), one id for each pair, got {tuple(group_ids.shape)}"
+        )
+    if group_ids.device != device:
+        raise ValueError(f"group_ids must be on the log-probabilities' device {device}, got {group_ids.device}")
+    if debug_checks_on():
+        bad = (group_ids < 0) | (group_ids >= num_groups)
+        if bad.any():
+            raise ValueError(f"group_ids must be in [0, {num_groups}), got {group_ids[bad][0].item()}")
+
+
+def check_pair_batch(num_sequences: int) -> None:
+    if num_sequences % 2:
+        raise ValueError(
+            f"a batch must hold an even number of sequences, chosen first and then rejected, got {num_sequences}"
+        )
+
+
+def group_sizes_tensor(group_sizes: Any, num_groups: int | None) -> Tensor:
+    """(K,) int64 from a list or tensor of positive whole numbers."""
+    sizes = torch.as_tensor(group_sizes)
+    if sizes.dim() != 1 or sizes.shape[0] == 0:
+        raise ValueError(f"group_sizes must have shape (K,) with K >= 1, got {tuple(sizes.shape)}")
+    if sizes.is_floating_point() or sizes.dtype == torch.bool:
+        raise TypeError(f"group_sizes must be whole numbers, got {sizes.dtype}")
+    if num_groups is not None and sizes.shape[0] != num_groups:
+        raise ValueError(f"group_sizes must have num_groups={num_groups} entries, got {sizes.shape[0]}")
+    if bool((sizes < 1).any()):
+        group = int((sizes < 1).nonzero()[0])
+        raise ValueError(f"group_sizes must be at least 1, got {int(sizes[group])} for group {group}")
+    return sizes.to(torch.int64)

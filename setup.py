@@ -1,0 +1,5 @@
+"""Everything is in pyproject.toml; building needs no torch."""
+
+from setuptools import setup
+
+setup()
