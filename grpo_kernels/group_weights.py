@@ -127,7 +127,8 @@ class GroupWeights(nn.Module):
         if self.estimator == "group_mean":
             return sums / group_counts.clamp(min=1)
         assert self.group_sizes is not None  # __init__ asked for them
-        return self.group_sizes.sum() / self.group_sizes * sums / group_counts.sum().clamp(min=1)
+        sizes = self.group_sizes.double()  # whole numbers divide to float32
+        return sizes.sum() / sizes * sums / group_counts.sum().clamp(min=1)
 
     @torch.no_grad()
     def update(self, group_loss_sums: Tensor, group_counts: Tensor) -> None:
@@ -140,7 +141,7 @@ class GroupWeights(nn.Module):
         losses = self.group_losses(group_loss_sums, group_counts)
         if self.adjustment:
             assert self.group_sizes is not None  # __init__ asked for them
-            losses = losses + self.adjustment / self.group_sizes.sqrt()
+            losses = losses + self.adjustment / self.group_sizes.double().sqrt()
         if self.estimator == "importance":  # an absent group's loss of 0 is unbiased as it stands
             present = torch.ones_like(present)
         finite = torch.isfinite(group_loss_sums).all()
@@ -200,7 +201,7 @@ class GroupWeights(nn.Module):
         log_mass = self.log_alpha.masked_fill(~present, -math.inf).logsumexp(0)
         if self.floor:
             least = self.floor / self.num_groups
-            above = (log_mass.exp() - least * present.sum()).clamp(min=0)
+            above = (log_mass.exp() - least * present.double().sum()).clamp(min=0)
             moved = torch.logaddexp(torch.full_like(log_share, math.log(least)), above.log() + log_share)
         else:
             moved = log_mass + log_share

@@ -85,7 +85,8 @@ def group_losses(
     if estimator == "group_mean":
         return sums / counts.clamp(min=1)
     assert group_sizes is not None
-    return group_sizes.sum() / group_sizes * sums / losses.shape[0]
+    sizes = group_sizes.to(losses.dtype)
+    return sizes.sum() / sizes * sums / losses.shape[0]
 
 
 def updated_alpha(alpha: Tensor, group_losses: Tensor, step_size: float) -> Tensor:

@@ -1,0 +1,97 @@
+"""The operators under torch.library.opcheck, and the losses under torch.compile(fullgraph=True)."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import batch
+
+import grpo_kernels as gk
+
+IDS = torch.tensor([1, 0, 2, 1])
+OPS = torch.ops.grpo_kernels
+CHECKS = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
+
+
+def operator_calls() -> dict[str, tuple]:
+    logits, labels = batch(dtype=torch.float32)
+    logits = logits.detach()
+    hidden, weight, bias = torch.randn(6, 7, 5), torch.randn(13, 5), torch.randn(13)
+    _, lse = OPS.token_logps(logits, labels, -100, "torch")
+    _, linear_lse = OPS.linear_token_logps(hidden, weight, bias, labels, -100, "torch")
+    upstream = torch.randn(6, 7)
+    linear = (upstream, hidden, weight, bias, labels, linear_lse, -100)
+    return {
+        "token_logps": (logits, labels, -100, "torch"),
+        "token_logps_backward": (upstream, logits, labels, lse, -100, "torch"),
+        "token_logps_backward_": (upstream, logits.clone(), labels, lse, -100, "torch"),
+        "linear_token_logps": (hidden, weight, bias, labels, -100, "torch"),
+        "linear_token_logps_backward": (*linear, [True, True, True], "torch"),
+        "linear_token_logps_backward:frozen": (*linear, [True, False, False], "torch"),
+    }
+
+
+@pytest.mark.parametrize("name", operator_calls())
+def test_opcheck(name: str) -> None:
+    operator = getattr(OPS, name.split(":")[0]).default
+    torch.library.opcheck(operator, operator_calls()[name], test_utils=CHECKS)
+
+
+@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("inplace", [False, True])
+def test_fullgraph(compiler: str, inplace: bool) -> None:
+    def make() -> gk.GroupRobustLoss:
+        weights = gk.GroupWeights(group_sizes=[60, 35, 5], step_size=0.3)
+        return gk.GroupRobustLoss(weights, inplace_backward=inplace, backend="torch")
+
+    eager, loss_fn = make(), make()
+    compiled = torch.compile(loss_fn, fullgraph=True, backend=compiler)
+    for seed, length in ((1, 7), (2, 7), (3, 9)):  # the third recompiles with dynamic shapes
+        logits, labels = batch(num_pairs=4, length=length, dtype=torch.float32, seed=seed)
+        ref = torch.randn(8)
+        results = []
+        for module in (eager, compiled):
+            leaf = logits.detach().clone().requires_grad_()
+            out = module(leaf * 1.0, labels, IDS, ref_logps=ref)
+            results.append((out.loss, out.alpha, *torch.autograd.grad(out.loss, leaf)))
+        for expected, got in zip(*results, strict=True):
+            torch.testing.assert_close(got, expected)
+    torch.testing.assert_close(loss_fn.group_weights.log_alpha, eager.group_weights.log_alpha)
+
+
+def test_fullgraph_linear_and_model() -> None:
+    class Model(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.head = torch.nn.Embedding(13, 8), torch.nn.Linear(8, 13)
+            weights = gk.GroupWeights(group_sizes=[60, 35, 5], step_size=0.3)
+            self.loss = gk.LinearGroupRobustLoss(weights, reference_free=True, shift_labels=True, backend="torch")
+
+        def forward(self, ids: torch.Tensor, labels: torch.Tensor, group_ids: torch.Tensor) -> torch.Tensor:
+            return self.loss(self.embed(ids).tanh(), self.head.weight, labels, group_ids, bias=self.head.bias).loss
+
+    model = Model()
+    _, labels = batch(num_pairs=4)
+    ids = labels.clamp(min=0)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    loss = compiled(ids, labels, IDS)
+    loss.backward()
+    grads = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    model.loss.group_weights.reset_parameters()
+    eager = model(ids, labels, IDS)
+    eager.backward()
+    torch.testing.assert_close(loss, eager)
+    for got, p in zip(grads, model.parameters(), strict=True):
+        torch.testing.assert_close(got, p.grad)
+
+
+def test_gradient_accumulation_through_shared_parameters() -> None:
+    """Two backward passes into .grad add up."""
+    logits, labels = batch()
+    loss_fn = gk.GroupRobustLoss(gk.GroupWeights(group_sizes=[1], step_size=0.0), reference_free=True)
+    ids = torch.zeros(3, dtype=torch.int64)
+    loss_fn(logits, labels, ids).loss.backward()
+    once = logits.grad.clone()
+    loss_fn(logits, labels, ids).loss.backward()
+    torch.testing.assert_close(logits.grad, 2 * once)

@@ -1,0 +1,77 @@
+"""Which backend runs, and what is said when one cannot."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from conftest import batch
+
+import grpo_kernels as gk
+from grpo_kernels import dispatch
+
+REQUEST = dispatch.Request("logits", (2, 3, 5), torch.float32, torch.device("cpu"))
+
+
+@pytest.fixture
+def fussy(monkeypatch: pytest.MonkeyPatch) -> dispatch.BackendEntry:
+    """A preferred backend that has reasons to refuse."""
+    entry = dispatch.BackendEntry(
+        "fussy",
+        "refuses the CPU",
+        "grpo_kernels.kernels.torch_chunked",
+        cannot_run=lambda request: ["logits are on cpu, needs a CUDA device"] if request.device.type == "cpu" else [],
+    )
+    monkeypatch.setattr(dispatch, "BACKENDS", [entry, *dispatch.BACKENDS])
+    return entry
+
+
+def test_backends_lists_all_in_order() -> None:
+    assert list(gk.backends()) == ["torch", "reference"]
+    assert gk.backends() == {"torch": [], "reference": []}
+
+
+def test_auto_takes_the_first_that_can(fussy: dispatch.BackendEntry) -> None:
+    assert dispatch.select("auto", REQUEST).name == "torch"
+    on_gpu = dataclasses.replace(REQUEST, device=torch.device("cuda"))
+    assert dispatch.select("auto", on_gpu).name == "fussy"
+
+
+def test_a_named_backend_does_not_fall_back(fussy: dispatch.BackendEntry) -> None:
+    logits, labels = batch()
+    with pytest.raises(NotImplementedError) as caught:
+        gk.sequence_logps(logits, labels, backend="fussy")
+    text = str(caught.value)
+    assert "backend='fussy' cannot run logits (6, 7, 13) torch.float64 on cpu" in text
+    assert "  - logits are on cpu, needs a CUDA device" in text
+    assert "python -m grpo_kernels doctor" in text
+
+
+def test_nothing_can_run(monkeypatch: pytest.MonkeyPatch, fussy: dispatch.BackendEntry) -> None:
+    monkeypatch.setattr(dispatch, "BACKENDS", [fussy])
+    with pytest.raises(NotImplementedError, match="no backend cannot run|fussy: logits are on cpu"):
+        dispatch.select("auto", REQUEST)
+
+
+def test_unknown_name() -> None:
+    with pytest.raises(ValueError, match="backend must be one of 'auto', 'torch', 'reference', got 'tritn'"):
+        dispatch.select("tritn", REQUEST)
+
+
+def test_environment_variable_names_auto(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GRPO_KERNELS_BACKEND", "reference")
+    assert dispatch.select("auto", REQUEST).name == "reference"
+    assert dispatch.select("torch", REQUEST).name == "torch"
+    monkeypatch.setenv("GRPO_KERNELS_BACKEND", "nonsense")
+    with pytest.raises(ValueError, match="got 'nonsense'"):
+        dispatch.select("auto", REQUEST)
+
+
+def test_unusable_here_wins_over_the_input(monkeypatch: pytest.MonkeyPatch) -> None:
+    absent = dispatch.BackendEntry("absent", "-", "no.such.module", not_usable_here=lambda: ["not built"])
+    monkeypatch.setattr(dispatch, "BACKENDS", [absent, *dispatch.BACKENDS])
+    assert gk.backends()["absent"] == ["not built"]
+    with pytest.raises(NotImplementedError, match="  - not built"):
+        dispatch.select("absent", REQUEST)
+    assert dispatch.select("auto", REQUEST).name == "torch"

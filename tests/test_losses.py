@@ -1,0 +1,365 @@
+"""GroupRobustLoss and LinearGroupRobustLoss: the whole method against the formulas, and its properties."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+import truth
+from conftest import batch
+from torch.utils.checkpoint import checkpoint
+
+import grpo_kernels as gk
+
+SIZES = [60, 35, 5]
+IDS = torch.tensor([1, 0, 2, 1])
+LOSSES = [("sigmoid", 0.0), ("sigmoid", 0.2), ("ipo", 0.0), ("hinge", 0.0), ("robust", 0.3)]
+
+
+def make(backend: str = "auto", **options) -> gk.GroupRobustLoss:
+    weight_options = {name: options.pop(name) for name in ("estimator", "update", "step_size") if name in options}
+    weights = gk.GroupWeights(**{"group_sizes": SIZES, "step_size": 0.3, **weight_options})
+    return gk.GroupRobustLoss(weights, **{"beta": 0.1, "backend": backend, **options})
+
+
+def inputs(dtype: torch.dtype = torch.float64):
+    logits, labels = batch(num_pairs=4, dtype=dtype)
+    return logits, labels, torch.randn(8, dtype=torch.float64).mul(3).to(torch.float64)
+
+
+@pytest.mark.parametrize(("loss_type", "e"), LOSSES)
+@pytest.mark.parametrize("estimator", ["importance", "group_mean"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_whole_method(backend: str, loss_type: str, e: float, estimator: str, dtype: torch.dtype) -> None:
+    logits, labels, ref = inputs(dtype)
+    ref = ref.to(torch.float64 if dtype == torch.float64 else torch.float32)
+    loss_fn = make(backend, loss_type=loss_type, label_smoothing=e, estimator=estimator)
+    out = loss_fn(logits, labels, IDS, ref_logps=ref)
+    (grad,) = torch.autograd.grad(out.loss, logits)
+    logps, slopes = truth.sequence_terms(logits, labels)
+    ratios = logps - ref.double()
+    h = (ratios[:4] - ratios[4:]).tolist()
+    exact = truth.group_robust(h, IDS.tolist(), [1 / 3] * 3, 0.3, SIZES, estimator, 0.1, loss_type, e)
+    close = {"rtol": 1e-11, "atol": 1e-12} if dtype == torch.float64 else {"rtol": 3e-6, "atol": 3e-6}
+    for name in ("pair_losses", "group_losses", "alpha"):
+        got = getattr(out, name).detach().double()
+        torch.testing.assert_close(got, torch.tensor(exact[name], dtype=torch.float64), **close)
+    torch.testing.assert_close(out.loss.detach().double(), torch.tensor(exact["loss"][0], dtype=torch.float64), **close)
+    dh = torch.tensor(exact["dh"], dtype=torch.float64)
+    exact_grad = torch.cat([dh, -dh])[:, None, None] * slopes
+    # float32 rounds log-probabilities of about -50, which moves h, the slope and alpha by a few roundings.
+    tolerance = {torch.float64: 1e-12, torch.float32: 8 * 2**-23, torch.bfloat16: 2**-8}[dtype]
+    assert (grad.double() - exact_grad).abs().max() <= tolerance * exact_grad.abs().max()
+    torch.testing.assert_close(out.chosen_rewards.double(), 0.1 * ratios[:4], **close)
+    torch.testing.assert_close(out.rejected_rewards.double(), 0.1 * ratios[4:], **close)
+    assert out.group_counts.tolist() == [1, 2, 1]
+    assert torch.equal(out.alpha, loss_fn.group_weights.alpha)
+
+
+def test_alpha_after_several_steps(backend: str) -> None:
+    loss_fn, alpha = make(backend), [1 / 3] * 3
+    for seed in range(4):
+        logits, labels = batch(num_pairs=4, seed=seed)
+        out = loss_fn(logits, labels, IDS, ref_logps=torch.zeros(8))
+        logps, _ = truth.sequence_terms(logits, labels)
+        exact = truth.group_robust((logps[:4] - logps[4:]).tolist(), IDS.tolist(), alpha, 0.3, SIZES)
+        alpha = exact["alpha"]
+        assert out.loss.item() == pytest.approx(exact["loss"][0])
+    assert out.alpha.tolist() == pytest.approx(alpha)
+
+
+def test_one_group_is_plain_dpo_and_ipo(backend: str) -> None:
+    """The textbook losses of TRL and the papers: -log sigmoid(beta h) and (h - 1 / (2 beta))^2, averaged."""
+    logits, labels, ref = inputs()
+    logps = gk.sequence_logps(logits, labels, backend="reference")
+    h = (logps - ref)[:4] - (logps - ref)[4:]
+    plain = {"sigmoid": -F.logsigmoid(0.1 * h).mean(), "ipo": ((h - 5.0) ** 2).mean()}
+    for loss_type, expected in plain.items():
+        weights = gk.GroupWeights(group_sizes=[100], step_size=0.5)
+        loss_fn = gk.GroupRobustLoss(weights, beta=0.1, loss_type=loss_type, backend=backend)
+        out = loss_fn(logits, labels, torch.zeros(4, dtype=torch.int64), ref_logps=ref)
+        torch.testing.assert_close(out.loss, expected)
+        torch.testing.assert_close(
+            torch.autograd.grad(out.loss, logits, retain_graph=True)[0],
+            torch.autograd.grad(expected, logits, retain_graph=True)[0],
+        )
+
+
+def test_permuting_pairs_permutes_losses_and_changes_nothing_else(backend: str) -> None:
+    logits, labels, ref = inputs()
+    order = torch.tensor([2, 0, 3, 1])
+    both = torch.cat([order, order + 4])
+    a = make(backend)(logits, labels, IDS, ref_logps=ref)
+    b = make(backend)(logits[both], labels[both], IDS[order], ref_logps=ref[both])
+    torch.testing.assert_close(b.pair_losses, a.pair_losses[order])
+    torch.testing.assert_close(b.loss, a.loss)
+    torch.testing.assert_close(b.alpha, a.alpha)
+
+
+def test_swapping_chosen_and_rejected_changes_the_loss(backend: str) -> None:
+    logits, labels, ref = inputs()
+    swap = torch.cat([torch.arange(4, 8), torch.arange(4)])
+    a = make(backend)(logits, labels, IDS, ref_logps=ref)
+    b = make(backend)(logits[swap], labels[swap], IDS, ref_logps=ref[swap])
+    difference = 0.1 * ((a.chosen_logps - ref[:4]) - (a.rejected_logps - ref[4:]))
+    torch.testing.assert_close(b.pair_losses - a.pair_losses, difference)
+    assert difference.abs().min() > 1e-3
+
+
+def test_relabelling_groups_permutes_alpha(backend: str) -> None:
+    logits, labels, ref = inputs()
+    a = make(backend)(logits, labels, IDS, ref_logps=ref)
+    new_id = torch.tensor([2, 0, 1])
+    sizes = torch.tensor(SIZES)[new_id.argsort()].tolist()
+    weights = gk.GroupWeights(group_sizes=sizes, step_size=0.3)
+    b = gk.GroupRobustLoss(weights, beta=0.1, backend=backend)(logits, labels, new_id[IDS], ref_logps=ref)
+    torch.testing.assert_close(b.alpha[new_id], a.alpha)
+    torch.testing.assert_close(b.loss, a.loss)
+
+
+def test_an_absent_group(backend: str) -> None:
+    logits, labels, ref = inputs()
+    ids = torch.tensor([0, 0, 1, 1])
+    out = make(backend)(logits, labels, ids, ref_logps=ref)
+    assert out.group_losses[2] == 0
+    assert out.group_counts[2] == 0
+    assert out.alpha[2] < 1 / 3
+    kept = make(backend, estimator="group_mean")(logits, labels, ids, ref_logps=ref)
+    assert kept.alpha[2].item() == pytest.approx(1 / 3)
+
+
+def test_padding_changes_nothing(backend: str) -> None:
+    logits, labels, ref = inputs()
+    a = make(backend)(logits, labels, IDS, ref_logps=ref)
+    wide, wide_labels = F.pad(logits, (0, 0, 0, 5), value=9.0), F.pad(labels, (0, 5), value=-100)
+    b = make(backend)(wide, wide_labels, IDS, ref_logps=ref)
+    torch.testing.assert_close(b.loss, a.loss)
+
+
+def test_packed_equals_padded(backend: str) -> None:
+    logits, labels, ref = inputs()
+    a = make(backend)(logits, labels, IDS, ref_logps=ref)
+    b = make(backend)(logits.flatten(0, 1), labels.flatten(), IDS, ref_logps=ref, cu_seqlens=torch.arange(0, 57, 7))
+    torch.testing.assert_close(b.loss, a.loss)
+    torch.testing.assert_close(
+        torch.autograd.grad(b.loss, logits, retain_graph=True)[0], torch.autograd.grad(a.loss, logits)[0]
+    )
+
+
+def test_linear_equals_logits(backend: str) -> None:
+    _, labels, ref = inputs()
+    hidden = torch.randn(8, 7, 5, dtype=torch.float64).requires_grad_()
+    weight = torch.randn(13, 5, dtype=torch.float64).requires_grad_()
+    bias = torch.randn(13, dtype=torch.float64).requires_grad_()
+    outs = [
+        gk.LinearGroupRobustLoss(gk.GroupWeights(group_sizes=SIZES, step_size=0.3), backend=backend)(
+            hidden, weight, labels, IDS, ref_logps=ref, bias=bias
+        ),
+        make(backend)(F.linear(hidden, weight, bias), labels, IDS, ref_logps=ref),
+    ]
+    torch.testing.assert_close(outs[0].loss, outs[1].loss)
+    grads = [torch.autograd.grad(out.loss, (hidden, weight, bias)) for out in outs]
+    for linear, unfused in zip(*grads, strict=True):
+        torch.testing.assert_close(linear, unfused)
+
+
+def test_grad_output_scales_the_gradient(backend: str) -> None:
+    """Liger 968 and 1298: an upstream gradient other than 1 was silently ignored."""
+    logits, labels, ref = inputs()
+    loss = make(backend)(logits, labels, IDS, ref_logps=ref).loss
+    (once,) = torch.autograd.grad(loss, logits, retain_graph=True)
+    (scaled,) = torch.autograd.grad(-2.5 * loss, logits)
+    torch.testing.assert_close(scaled, -2.5 * once)
+
+
+@pytest.mark.parametrize("name", ["loss", "pair_losses", "group_losses", "chosen_logps", "rejected_logps"])
+def test_outputs_said_to_be_differentiable_are(backend: str, name: str) -> None:
+    """With alpha held (step_size 0), each output's gradient is that of finite differences."""
+    logits, labels = batch(num_pairs=2, length=3, vocab=4)
+    loss_fn = make(backend, reference_free=True, step_size=0.0)
+    ids = torch.tensor([1, 0])
+    assert torch.autograd.gradcheck(lambda x: getattr(loss_fn(x, labels, ids), name), logits)
+
+
+def test_the_rest_is_detached() -> None:
+    logits, labels, ref = inputs()
+    out = make()(logits, labels, IDS, ref_logps=ref)
+    for name in ("group_counts", "alpha", "chosen_rewards", "rejected_rewards"):
+        assert not getattr(out, name).requires_grad
+    assert not any(value.requires_grad for value in out.metrics().values())
+
+
+def test_metrics() -> None:
+    logits, labels, ref = inputs()
+    out = make()(logits, labels, IDS, ref_logps=ref)
+    metrics = out.metrics()
+    assert all(value.dim() == 0 for value in metrics.values())
+    assert metrics["rewards/margins"].item() == pytest.approx((out.chosen_rewards - out.rejected_rewards).mean().item())
+    wins = (out.chosen_rewards > out.rejected_rewards).double().mean().item()
+    assert metrics["rewards/accuracies"].item() == pytest.approx(wins)
+    assert metrics["logps/rejected"].item() == pytest.approx(out.rejected_logps.mean().item())
+    assert len({value.untyped_storage().data_ptr() for value in metrics.values()}) == 1  # one copy fetches them all
+
+
+def test_alpha_is_left_alone_in_eval_and_under_no_grad(backend: str) -> None:
+    logits, labels, ref = inputs()
+    loss_fn = make(backend)
+    before = loss_fn.group_weights.log_alpha.clone()
+    with torch.no_grad():
+        loss_fn(logits, labels, IDS, ref_logps=ref)
+    assert torch.equal(loss_fn.group_weights.log_alpha, before)
+    loss_fn.eval()
+    out = loss_fn(logits, labels, IDS, ref_logps=ref)
+    assert torch.equal(loss_fn.group_weights.log_alpha, before)
+    assert out.loss.item() == pytest.approx((out.group_losses / 3).sum().item())
+    loss_fn.train()(logits, labels, IDS, ref_logps=ref)
+    assert not torch.equal(loss_fn.group_weights.log_alpha, before)
+
+
+@pytest.mark.parametrize("update", ["inline", "lagged"])
+def test_a_recomputed_forward_counts_once(update: str) -> None:
+    logits, labels, ref = inputs()
+    plain, recomputed = make(update=update), make(update=update)
+    loss = plain(logits, labels, IDS, ref_logps=ref).loss
+    (grad,) = torch.autograd.grad(loss, logits)
+    checkpointed = checkpoint(
+        lambda x: recomputed(x * 1.0, labels, IDS, ref_logps=ref).loss, logits, use_reentrant=False
+    )
+    (again,) = torch.autograd.grad(checkpointed, logits)
+    assert torch.equal(again, grad)
+    for name, value in plain.group_weights.state_dict().items():
+        assert torch.equal(recomputed.group_weights.state_dict()[name], value), name
+
+
+def test_recomputing_an_older_batch_is_refused() -> None:
+    """Its weights would be those of an alpha that has moved on."""
+    logits, labels, ref = inputs()
+    loss_fn = make()
+    first = checkpoint(lambda x: loss_fn(x, labels, IDS, ref_logps=ref).loss, logits, use_reentrant=False)
+    loss_fn(logits * 2, labels, IDS, ref_logps=ref)
+    with pytest.raises(RuntimeError, match="not the last one that moved alpha"):
+        first.backward()
+
+
+def test_reentrant_checkpointing_is_refused() -> None:
+    logits, labels, ref = inputs()
+    loss_fn = make()
+    out = checkpoint(lambda x: loss_fn(x, labels, IDS, ref_logps=ref).loss, logits, use_reentrant=True)
+    with pytest.raises(RuntimeError, match="use_reentrant=False"):
+        out.backward()
+
+
+def test_lagged_accumulation_equals_one_batch(backend: str) -> None:
+    """Two micro-batches, lagged: same alpha as the whole batch's, one update late."""
+    logits, labels, ref = inputs()
+    loss_fn, whole = make(backend, update="lagged"), make(backend)
+    for pairs in ([0, 1], [2, 3]):
+        rows = torch.tensor(pairs + [p + 4 for p in pairs])
+        out = loss_fn(logits[rows], labels[rows], IDS[pairs], ref_logps=ref[rows])
+        assert out.alpha.tolist() == pytest.approx([1 / 3] * 3)
+    loss_fn.group_weights.step()
+    expected = whole(logits, labels, IDS, ref_logps=ref).alpha
+    torch.testing.assert_close(loss_fn.group_weights.alpha, expected)
+
+
+@pytest.mark.parametrize("bad_id", [-1, 3, 10**9])
+def test_a_group_id_outside_the_range(backend: str, bad_id: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    logits, labels, ref = inputs()
+    ids = torch.tensor([1, 0, bad_id, 1])
+    loss_fn = make(backend)
+    before = loss_fn.group_weights.log_alpha.clone()
+    with pytest.warns(RuntimeWarning, match="alpha was not updated"):
+        out = loss_fn(logits, labels, ids, ref_logps=ref)
+    assert out.loss.isnan()
+    assert torch.equal(loss_fn.group_weights.log_alpha, before)
+    monkeypatch.setenv("GRPO_KERNELS_DEBUG", "1")
+    with pytest.raises(ValueError, match=rf"group_ids must be in \[0, 3\), got {bad_id}"):
+        loss_fn(logits, labels, ids, ref_logps=ref)
+
+
+def test_a_nan_logit_gives_a_nan_loss_and_keeps_alpha(backend: str) -> None:
+    logits, labels, ref = inputs()
+    broken = logits.detach().clone()
+    broken[1, 3] = torch.nan
+    loss_fn = make(backend)
+    before = loss_fn.group_weights.log_alpha.clone()
+    with pytest.warns(RuntimeWarning, match="alpha was not updated"):
+        assert loss_fn(broken.requires_grad_(), labels, IDS, ref_logps=ref).loss.isnan()
+    assert torch.equal(loss_fn.group_weights.log_alpha, before)
+
+
+def test_pair_weights_margin_and_beta_reach_the_loss(backend: str) -> None:
+    logits, labels, ref = inputs()
+    vectors = {"beta": torch.tensor([0.1, 0.5, 1.0, 2.0]), "margin": torch.rand(4), "weights": torch.rand(4)}
+    out = make(backend)(logits, labels, IDS, ref_logps=ref, **vectors)
+    logps = gk.sequence_logps(logits, labels, backend=backend)
+    torch.testing.assert_close(out.pair_losses, gk.preference_losses(logps, ref, **vectors))
+    torch.testing.assert_close(out.chosen_rewards, vectors["beta"] * (logps - ref)[:4].detach())
+
+
+def test_int32_labels_and_ids(backend: str) -> None:
+    logits, labels, ref = inputs()
+    a = make(backend)(logits, labels, IDS, ref_logps=ref)
+    b = make(backend)(logits, labels.int(), IDS.int(), ref_logps=ref)
+    assert torch.equal(a.loss, b.loss)
+
+
+def test_two_losses_share_alpha() -> None:
+    logits, labels, ref = inputs()
+    weights = gk.GroupWeights(group_sizes=SIZES, step_size=0.3)
+    first, second = gk.GroupRobustLoss(weights), gk.GroupRobustLoss(weights, loss_type="hinge")
+    moved = first(logits, labels, IDS, ref_logps=ref).alpha
+    second.eval()
+    weights.train()
+    assert torch.equal(second.group_weights.alpha, moved)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"logits": lambda x: x[:7]}, ValueError, "even number of sequences, chosen first and then rejected, got 7"),
+        ({"logits": lambda x: x[:, 0]}, ValueError, "logits must have 3 dimensions"),
+        ({"logits": lambda x: x.long()}, TypeError, "logits must be float32, bfloat16, float16 or float64, got"),
+        ({"logits": lambda x: x.tolist()}, TypeError, "must be a torch.Tensor, got list"),
+        ({"logits": lambda x: x[..., :0]}, ValueError, "must not have an empty last dimension"),
+        ({"labels": lambda x: x[:, :3]}, ValueError, r"labels must have shape \(8, 7\), one for each row of logits"),
+        ({"labels": lambda x: x.float()}, TypeError, "labels must be int64 or int32, got torch.float32"),
+        ({"labels": lambda x: x.to("meta")}, ValueError, "labels must be on logits's device cpu, got meta"),
+        ({"group_ids": lambda x: x[:3]}, ValueError, r"group_ids must have shape \(4,\), one id for each pair"),
+        ({"group_ids": lambda x: x.double()}, TypeError, "group_ids must be int64 or int32"),
+        ({"ref_logps": lambda x: None}, ValueError, "ref_logps must be given"),
+        ({"ref_logps": lambda x: x[:4]}, ValueError, r"ref_logps must have policy_logps' shape \(8,\)"),
+        ({"cu_seqlens": lambda x: torch.arange(9)}, ValueError, "logits must have 2 dimensions"),
+    ],
+)
+def test_bad_input(change: dict, error: type[Exception], message: str) -> None:
+    logits, labels, ref = inputs()
+    arguments = {"logits": logits, "labels": labels, "group_ids": IDS, "ref_logps": ref, "cu_seqlens": None}
+    arguments.update({name: mend(arguments[name]) for name, mend in change.items()})
+    with pytest.raises(error, match=message):
+        make()(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("ends", "message"),
+    [([0, 20, 55], "cu_seqlens must rise from 0 to 56"), ([0, 60, 56], "rise"), ([1, 20, 56], "rise")],
+)
+def test_bad_cu_seqlens(ends: list[int], message: str) -> None:
+    logits, labels, ref = inputs()
+    with pytest.raises(ValueError, match=message):
+        make()(logits.flatten(0, 1), labels.flatten(), IDS[:1], ref[:2], torch.tensor(ends))
+
+
+def test_bad_options() -> None:
+    weights = gk.GroupWeights(group_sizes=SIZES, step_size=0.1)
+    with pytest.raises(ValueError, match="beta must be finite and in"):
+        gk.GroupRobustLoss(weights, beta=-1.0)
+    with pytest.raises(TypeError, match="group_weights must be a GroupWeights, got list"):
+        gk.GroupRobustLoss([0.5, 0.5])
+    loss_fn = gk.GroupRobustLoss(weights, reference_free=True)
+    with pytest.raises(ValueError, match="ref_logps must be None when reference_free=True"):
+        loss_fn(*inputs()[:2], IDS, ref_logps=torch.zeros(8))
+    with pytest.raises(TypeError, match=r"weight must have hidden's dtype torch.float32, got torch.bfloat16"):
+        gk.linear_sequence_logps(torch.zeros(2, 3, 4), torch.zeros(5, 4).bfloat16(), torch.zeros(2, 3).long())
+    with pytest.raises(ValueError, match=r"weight must have shape \(V, 4\), got \(5, 6\)"):
+        gk.linear_sequence_logps(torch.zeros(2, 3, 4), torch.zeros(5, 6), torch.zeros(2, 3).long())

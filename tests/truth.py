@@ -1,0 +1,109 @@
+"""shared/MATH.md's formulas in float64, written for the tests alone: value and gradient by hand, without autograd."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import torch
+from torch import Tensor
+
+
+def token_terms(logits: Tensor, labels: Tensor, ignore_index: int = -100) -> tuple[Tensor, Tensor]:
+    """(logp (...), d logp / d logits (..., V)) in float64, row by row."""
+    x = logits.detach().double()
+    logps = torch.zeros(labels.shape, dtype=torch.float64)
+    grads = torch.zeros_like(x)
+    for index in (labels != ignore_index).nonzero().tolist():
+        row, label = x[tuple(index)], int(labels[tuple(index)])
+        peak = row.max()
+        lse = peak + (row - peak).exp().sum().log()
+        logps[tuple(index)] = row[label] - lse
+        grads[tuple(index)] = -(row - lse).exp()
+        grads[tuple(index)][label] += 1
+    return logps, grads
+
+
+def sequence_terms(
+    logits: Tensor, labels: Tensor, cu_seqlens: list[int] | None = None, average: bool = False
+) -> tuple[Tensor, Tensor]:
+    """(logps (S,), d logp_s / d its logits): padded or packed."""
+    logps, grads = token_terms(logits, labels)
+    if cu_seqlens is None:
+        pieces = [(logps[s], grads[s], labels[s]) for s in range(labels.shape[0])]
+    else:
+        spans = [slice(a, b) for a, b in itertools.pairwise(cu_seqlens)]
+        pieces = [(logps[span], grads[span], labels[span]) for span in spans]
+    sums, scaled = [], []
+    for piece_logps, piece_grads, piece_labels in pieces:
+        count = max(1, int((piece_labels != -100).sum())) if average else 1
+        sums.append(piece_logps.sum() / count)
+        scaled.append(piece_grads / count)
+    return torch.stack(sums), torch.stack(scaled) if cu_seqlens is None else torch.cat(scaled)
+
+
+def log_sigmoid(x: float) -> float:
+    return -(max(-x, 0.0) + math.log1p(math.exp(-abs(x))))
+
+
+def sigmoid(x: float) -> float:
+    return math.exp(log_sigmoid(x))
+
+
+def pair_loss(h: float, beta: float, loss_type: str, e: float = 0.0) -> tuple[float, float]:
+    """(l(h), dl/dh), the table of section 2."""
+    if loss_type == "sigmoid":
+        value = -(1 - e) * log_sigmoid(beta * h) - e * log_sigmoid(-beta * h)
+        return value, -beta * (1 - e) * sigmoid(-beta * h) + beta * e * sigmoid(beta * h)
+    if loss_type == "ipo":
+        gap = h - 1 / (2 * beta)
+        return gap**2, 2 * gap
+    if loss_type == "hinge":
+        return max(0.0, 1 - beta * h), -beta if beta * h < 1 else 0.0
+    if loss_type == "robust":
+        value = -(1 - e) * log_sigmoid(beta * h) + e * log_sigmoid(-beta * h)
+        slope = -(1 - e) * beta * sigmoid(-beta * h) - e * beta * sigmoid(beta * h)
+        return value / (1 - 2 * e), slope / (1 - 2 * e)
+    raise AssertionError(loss_type)
+
+
+def group_robust(
+    h: list[float],
+    group_ids: list[int],
+    alpha: list[float],
+    step_size: float,
+    group_sizes: list[int],
+    estimator: str = "importance",
+    beta: float = 0.1,
+    loss_type: str = "sigmoid",
+    label_smoothing: float = 0.0,
+) -> dict[str, list[float]]:
+    """Sections 2 to 4 for one batch: losses, group losses, new alpha, loss, d loss / d h."""
+    num_groups, num_pairs, total = len(alpha), len(h), sum(group_sizes)
+    values, slopes = zip(*(pair_loss(x, beta, loss_type, label_smoothing) for x in h), strict=True)
+    counts = [group_ids.count(g) for g in range(num_groups)]
+    factor = [
+        (total / group_sizes[g] / num_pairs) if estimator == "importance" else 1 / max(1, counts[g])
+        for g in range(num_groups)
+    ]
+    losses = [factor[g] * sum(v for v, i in zip(values, group_ids, strict=True) if i == g) for g in range(num_groups)]
+    shares = [g for g in range(num_groups) if estimator == "importance" or counts[g]]
+    mass = sum(alpha[g] for g in shares)
+    raw = {g: alpha[g] * math.exp(step_size * losses[g]) for g in shares}
+    new = [mass * raw[g] / sum(raw.values()) if g in raw else alpha[g] for g in range(num_groups)]
+    return {
+        "pair_losses": list(values),
+        "group_losses": losses,
+        "alpha": new,
+        "loss": [sum(a * x for a, x in zip(new, losses, strict=True))],
+        "dh": [new[g] * factor[g] * slope for g, slope in zip(group_ids, slopes, strict=True)],
+    }
+
+
+def assert_within_budget(got: Tensor, exact: Tensor, plain: Tensor, what: str) -> None:
+    """Error at most twice that of plain PyTorch in the same dtype, plus one rounding of the largest exact value."""
+    eps = torch.finfo(got.dtype).eps
+    error = (got.double() - exact).abs().max().item()
+    plain_error = (plain.double() - exact).abs().max().item()
+    budget = 2 * plain_error + eps * exact.abs().max().item()
+    assert error <= budget, f"{what}: error {error:.3g} is over the budget {budget:.3g} (plain: {plain_error:.3g})"
