@@ -90,7 +90,7 @@ def select(backend: str, request: Request) -> BackendEntry:
         if not reasons:
             return entry
         refusals += [f"{entry.name}: {reason}" for reason in reasons]
-    raise NotImplementedError(_refusal("no backend", request, refusals))
+    raise NotImplementedError(_refusal("backend='auto'", request, refusals))
 
 
 def _refusal(subject: str, request: Request, reasons: list[str]) -> str:

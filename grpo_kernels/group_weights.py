@@ -174,6 +174,8 @@ class GroupWeights(nn.Module):
         """
         if not self.training or not torch.is_grad_enabled():
             return
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            _refuse_several_ranks(torch.distributed.get_world_size())
         if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
             self._check_recomputed(group_loss_sums, group_counts)
             return
@@ -276,4 +278,11 @@ class GroupWeights(nn.Module):
             return
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+
+
+def _refuse_several_ranks(world_size: int) -> None:
+    if world_size > 1:
+        raise NotImplementedError(
+            f"training over {world_size} ranks is not supported: each would move an alpha of its own by its own batch"
         )

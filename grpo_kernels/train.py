@@ -294,7 +294,7 @@ class TrainingJob:
     def _restore(
         self, path: Path, optimizer: torch.optim.Optimizer, weights: GroupWeights
     ) -> tuple[int, list[dict[str, Any]], float]:
-        """(steps done, evaluations, seconds spent) of the phase's checkpoint, its state put back; (0, [], 0) if none."""
+        """(steps done, evaluations, seconds spent) of the phase's checkpoint, its state put back; zeros if none."""
         if not path.exists():
             return 0, [], 0.0
         state = torch.load(path, weights_only=True, map_location=self.device)
@@ -404,7 +404,7 @@ def _load_data(config: TrainConfig) -> tuple[list[PreferencePair], list[Preferen
     if config.data is None:
         if config.eval_data is not None:
             raise ValueError("eval_data needs data: the embedded task brings its own evaluation pairs")
-        return embedded_task.generate_pairs(1500, config.seed), embedded_task.generate_pairs(600, config.seed + 10_000)
+        return embedded_task.generate_pairs(4000, config.seed), embedded_task.generate_pairs(600, config.seed + 10_000)
     pairs = load_pairs(config.data)
     if config.eval_data is not None:
         return pairs, load_pairs(config.eval_data)

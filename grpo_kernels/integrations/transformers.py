@@ -15,6 +15,7 @@ def require() -> Any:
         import transformers
     except ImportError as error:
         raise ImportError("this needs transformers and tokenizers: pip install 'grpo-kernels[train]'") from error
+    transformers.utils.logging.disable_progress_bar()  # `train` has its own
     return transformers
 
 

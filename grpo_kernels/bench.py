@@ -1,0 +1,250 @@
+"""`python -m grpo_kernels bench`: forward and backward of the loss, each backend in the same process, as JSON records.
+
+A record holds median and interquartile range of the time, the bytes that the operation must move by one model for every
+backend, the copy bandwidth measured in the same run, and the extra memory at the peak, measured in a process of its
+own. A backend whose result is off writes no record.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from datetime import date
+from pathlib import Path
+from statistics import median, quantiles
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from grpo_kernels import reference
+from grpo_kernels._version import __version__
+from grpo_kernels.group_weights import GroupWeights
+from grpo_kernels.losses import GroupRobustLoss
+
+GROUP_SIZES = [700, 220, 80]
+
+
+@dataclass(frozen=True)
+class Case:
+    """Logits of ``num_sequences`` x ``length`` x ``vocab_size``; the first ``ignored`` of each sequence is prompt."""
+
+    num_sequences: int
+    length: int
+    vocab_size: int
+    dtype: str
+    ignored: float = 0.0
+
+    @property
+    def name(self) -> str:
+        shape = f"{self.num_sequences}x{self.length}x{self.vocab_size}"
+        return f"logits_{shape}_{self.dtype}_ignored{round(100 * self.ignored)}"
+
+    @property
+    def floor_bytes(self) -> int:
+        """Counted rows are read once forward, read and written backward; ignored rows' gradients are written."""
+        row = self.vocab_size * getattr(torch, self.dtype).itemsize
+        prompt = self.num_sequences * int(self.length * self.ignored)
+        return row * (3 * (self.num_sequences * self.length - prompt) + prompt)
+
+
+@dataclass(frozen=True)
+class Contender:
+    name: str
+    backend: str
+    inplace_backward: bool = False
+
+
+CONTENDERS = (
+    Contender("reference", "reference"),
+    Contender("torch", "torch"),
+    Contender("torch in place", "torch", inplace_backward=True),
+)
+CASES = (
+    Case(8, 512, 32000, "float32"),
+    Case(8, 512, 32000, "float32", ignored=0.5),
+    Case(8, 512, 32000, "bfloat16"),
+)
+QUICK_CASES = (Case(4, 128, 8000, "float32"),)
+
+
+def inputs_of(case: Case) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(logits, labels, group_ids, ref_logps), the same for every contender."""
+    generator = torch.Generator().manual_seed(0)
+    shape = (case.num_sequences, case.length)
+    logits = torch.randn(*shape, case.vocab_size, generator=generator).to(getattr(torch, case.dtype))
+    labels = torch.randint(0, case.vocab_size, shape, generator=generator)
+    labels[:, : int(case.length * case.ignored)] = -100
+    group_ids = torch.arange(case.num_sequences // 2) % len(GROUP_SIZES)
+    return logits, labels, group_ids, torch.zeros(case.num_sequences)
+
+
+def loss_and_gradient(contender: Contender, case: Case) -> Callable[[Tensor, Tensor, Tensor, Tensor], tuple]:
+    """The measured operation: (logits, ...) -> (loss, dlogits). In place, the logits hold the gradient afterwards."""
+    weights = GroupWeights(group_sizes=GROUP_SIZES, step_size=0.0)
+    loss_fn = GroupRobustLoss(
+        weights, beta=0.01, inplace_backward=contender.inplace_backward, backend=contender.backend
+    )
+
+    def operation(logits: Tensor, labels: Tensor, group_ids: Tensor, ref_logps: Tensor) -> tuple[Tensor, Tensor]:
+        leaf = logits.detach().requires_grad_()
+        loss = loss_fn(leaf, labels, group_ids, ref_logps=ref_logps).loss
+        (dlogits,) = torch.autograd.grad(loss, leaf)
+        return loss.detach(), dlogits
+
+    return operation
+
+
+def gate(contender: Contender, case: Case) -> float:
+    """The largest error of the gradient over the largest gradient, on the case's first and last 16 positions.
+
+    Raises:
+        ValueError: it is more than four roundings of the dtype.
+    """
+    logits, labels, group_ids, ref_logps = inputs_of(case)
+    some = torch.cat([torch.arange(16), torch.arange(case.length - 16, case.length)])
+    logits, labels = logits[:, some].contiguous(), labels[:, some].contiguous()
+    exact_logits = logits.double().requires_grad_()
+    logps = reference.sequence_logps(exact_logits, labels, None, -100, False)
+    losses = reference.pair_losses(reference.margins(logps, None), 0.01, "sigmoid")
+    sizes = torch.tensor(GROUP_SIZES)
+    exact_loss = reference.group_losses(losses, group_ids, 3, sizes, "importance").mean()
+    (exact,) = torch.autograd.grad(exact_loss, exact_logits)
+    loss, dlogits = loss_and_gradient(contender, case)(logits, labels, group_ids, ref_logps)
+    error = ((dlogits.double() - exact).abs().max() / exact.abs().max()).item()
+    allowed = 4 * torch.finfo(logits.dtype).eps
+    if error > allowed or abs(loss.item() - exact_loss.item()) > 1e-5 * abs(exact_loss.item()):
+        raise ValueError(f"{contender.name} on {case.name}: gradient error {error:.2g} is over {allowed:.2g}")
+    return error
+
+
+def measure_times(case: Case, repetitions: int) -> dict[str, list[float]]:
+    """Milliseconds of each contender and of a copy, taken in turns so that a slow moment of the machine meets all."""
+    logits, labels, group_ids, ref_logps = inputs_of(case)
+    operations = {contender.name: loss_and_gradient(contender, case) for contender in CONTENDERS}
+    pristine = logits.clone()
+    times: dict[str, list[float]] = {name: [] for name in (*operations, "copy")}
+    for repetition in range(repetitions + 1):
+        for name, operation in operations.items():
+            began = time.perf_counter()
+            operation(logits, labels, group_ids, ref_logps)
+            elapsed = time.perf_counter() - began
+            if repetition:  # the first warms up
+                times[name].append(1e3 * elapsed)
+            began = time.perf_counter()
+            logits.copy_(pristine)  # the machine's copy bandwidth, and the logits as they were
+            if repetition:
+                times["copy"].append(1e3 * (time.perf_counter() - began))
+    return times
+
+
+def peak_extra_mib(contender: Contender, case: Case) -> float:
+    """Resident memory at the peak of one call above what it was before, in a fresh process (Linux)."""
+    request = json.dumps({"contender": asdict(contender), "case": asdict(case)})
+    command = [sys.executable, "-c", "from grpo_kernels import bench; bench.report_peak_memory()", request]
+    return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+
+def report_peak_memory() -> None:
+    """The child process of `peak_extra_mib`: prints one number."""
+    request = json.loads(sys.argv[-1])
+    contender, case = Contender(**request["contender"]), Case(**request["case"])
+    small = Case(2, 64, case.vocab_size, case.dtype)
+    loss_and_gradient(contender, small)(*inputs_of(small))  # loads libraries and starts threads
+    inputs = inputs_of(case)
+    operation = loss_and_gradient(contender, case)
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")  # sets the high-water mark back to what is resident now
+    before = _status_kib("VmRSS")
+    operation(*inputs)
+    print((_status_kib("VmHWM") - before) / 1024)
+
+
+def _status_kib(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(field))
+
+
+def environment() -> dict[str, Any]:
+    cpu = next(
+        (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
+        platform.processor(),
+    )
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout
+    return {
+        "date": date.today().isoformat(),
+        "device": f"{cpu}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}",
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "grpo_kernels": __version__,
+        "commit": commit.strip() or None,
+        "command": "python -m grpo_kernels bench",
+    }
+
+
+def _records_of(case: Case, repetitions: int) -> list[dict[str, Any]]:
+    errors = {contender.name: gate(contender, case) for contender in CONTENDERS}
+    times = measure_times(case, repetitions)
+    floor = case.floor_bytes
+    copy_bytes = 2 * case.num_sequences * case.length * case.vocab_size * getattr(torch, case.dtype).itemsize
+    copy_gbps = copy_bytes / median(times["copy"]) / 1e6
+    baseline = median(times[CONTENDERS[0].name])
+    records = []
+    for contender in CONTENDERS:
+        middle = median(times[contender.name])
+        low, _, high = quantiles(times[contender.name], n=4)
+        records.append(
+            {
+                "op": "GroupRobustLoss forward + backward",
+                "contender": contender.name,
+                "backend": contender.backend,
+                "case": asdict(case),
+                "median_ms": round(middle, 2),
+                "iqr_ms": [round(low, 2), round(high, 2)],
+                "repetitions": repetitions,
+                "times_faster_than_reference": round(baseline / middle, 2),
+                "floor_bytes": floor,
+                "gbps": round(floor / middle / 1e6, 2),
+                "copy_gbps": round(copy_gbps, 2),
+                "fraction_of_copy": round(floor / middle / 1e6 / copy_gbps, 3),
+                "peak_extra_mib": round(peak_extra_mib(contender, case), 1),
+                "gradient_error": errors[contender.name],
+            }
+        )
+    return records
+
+
+def run(cases: Sequence[Case], repetitions: int, out: Path) -> list[dict[str, Any]]:
+    """Measure, print a table, and write ``<out>/cpu/<case>.json``."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console, found, folder = Console(), environment(), out / "cpu"
+    folder.mkdir(parents=True, exist_ok=True)
+    all_records = []
+    for case in cases:
+        with console.status(f"measuring {case.name}"):
+            records = _records_of(case, repetitions)
+        table = Table(title=f"{case.name}, forward + backward")
+        for title in ("contender", "median ms", "IQR ms", "x reference", "of copy", "peak extra MiB"):
+            table.add_column(title, justify="left" if title == "contender" else "right")
+        for record in records:
+            low, high = record["iqr_ms"]
+            row = [record["contender"], record["median_ms"], f"{low}-{high}", record["times_faster_than_reference"]]
+            table.add_row(*map(str, [*row, record["fraction_of_copy"], record["peak_extra_mib"]]))
+        console.print(table)
+        (folder / f"{case.name}.json").write_text(json.dumps({**found, "records": records}, indent=2) + "\n")
+        all_records += records
+    console.print(f"records are in {folder}", highlight=False)
+    return all_records
+
+
+def command(out: str, quick: bool) -> int:
+    run(QUICK_CASES if quick else CASES, 5 if quick else 9, Path(out))
+    return 0

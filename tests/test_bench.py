@@ -1,0 +1,48 @@
+"""The benchmark: its gate, its records, and the memory that it sees."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from grpo_kernels import bench
+from grpo_kernels.kernels import torch_chunked
+
+SMALL = bench.Case(4, 40, 500, "float32", ignored=0.25)
+
+
+def test_records(tmp_path: Path) -> None:
+    records = bench.run([SMALL], 3, tmp_path)
+    file = json.loads((tmp_path / "cpu" / f"{SMALL.name}.json").read_text())
+    assert file["records"] == records
+    assert file["torch"] == torch.__version__
+    assert [record["contender"] for record in records] == [contender.name for contender in bench.CONTENDERS]
+    for record in records:
+        low, high = record["iqr_ms"]
+        assert 0 < low <= record["median_ms"] <= high
+        assert record["floor_bytes"] == 4 * 500 * 4 * (3 * 30 + 10)
+
+
+def test_a_wrong_gradient_writes_no_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = torch_chunked.token_logps_backward
+
+    def slightly_off(dtoken_logps, *rest) -> None:
+        original(dtoken_logps * (1 + 1e-5), *rest)
+
+    monkeypatch.setattr(torch_chunked, "token_logps_backward", slightly_off)
+    with pytest.raises(ValueError, match="torch on logits_4x40x500_float32_ignored25: gradient error"):
+        bench.run([SMALL], 3, tmp_path)
+    assert not list(tmp_path.rglob("*.json"))
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory is read from Linux's /proc")
+def test_peak_memory_of_the_torch_backend() -> None:
+    """8 x 512 x 8000 float32 are 125 MiB: eager holds copies of it; ours in place holds a chunk."""
+    case = bench.Case(8, 512, 8000, "float32")
+    peaks = {contender.name: bench.peak_extra_mib(contender, case) for contender in bench.CONTENDERS}
+    assert peaks["torch in place"] < 32
+    assert 100 < peaks["torch"] < 125 + 32
+    assert peaks["reference"] > 250

@@ -1,0 +1,90 @@
+"""Every block of README.md is run, and its commands are the Makefile's."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+TEXT = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", TEXT, re.M | re.S)
+SHELL = [code.strip() for language, code in BLOCKS if language == "sh"]
+
+
+def test_python_blocks_run_in_order() -> None:
+    namespace: dict = {}
+    blocks = [code for language, code in BLOCKS if language == "python"]
+    assert len(blocks) >= 4
+    for code in blocks:
+        exec(compile(code, "README.md", "exec"), namespace)
+    assert namespace["logits"].grad.abs().sum() > 0
+    assert namespace["head"].weight.grad.abs().sum() > 0
+    ours = namespace["gk"].GroupRobustLoss(namespace["gk"].GroupWeights(group_sizes=[1], step_size=0.0))
+    arguments = [namespace[name] for name in ("logits", "labels", "ref_logps")]
+    out = ours(arguments[0], arguments[1], namespace["group_ids"] * 0, ref_logps=arguments[2])
+    assert out.loss.item() == pytest.approx(namespace["dpo_loss"](*arguments).item(), rel=1e-5)
+
+
+def test_no_block_is_left_out() -> None:
+    assert {language for language, _ in BLOCKS} == {"python", "sh"}
+    known = {"make train", "make test", "python -m grpo_kernels doctor", "pip install -c constraints.txt -e ."}
+    assert known <= set(SHELL)
+    assert [command for command in SHELL if command not in known] == [training_command()]
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="there is no make here")
+@pytest.mark.parametrize(
+    ("target", "runs"),
+    [("train", "-m grpo_kernels train --compare"), ("test", "-m pytest"), ("bench", "grpo_kernels bench")],
+)
+def test_make_targets_run_what_the_readme_says(target: str, runs: str) -> None:
+    shown = subprocess.run(["make", "-n", target, "VENV=unused"], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "-m venv unused" in shown.stdout
+    assert runs in shown.stdout
+    bare = subprocess.run(
+        ["make", "-n", target, "VENV=", "PYTHON=mine"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert "venv" not in bare.stdout
+    assert f"mine {runs}" in bare.stdout or "mine -m" in bare.stdout
+
+
+def test_ci_calls_the_test_command() -> None:
+    assert "make test" in (ROOT / ".ci" / "run").read_text()
+
+
+def test_doctor() -> None:
+    command = [sys.executable, *shlex.split("python -m grpo_kernels doctor")[1:]]
+    shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert re.search(r"torch +usable: chunked plain PyTorch", shown)
+    as_json = subprocess.run([*command, "--json"], capture_output=True, text=True, check=True).stdout
+    assert json.loads(as_json)["backends"]["reference"]["not_usable_because"] == []
+    for name in json.loads(as_json)["backends"]:
+        assert f"| `{name}` |" in TEXT, "the README's table of backends is that of the code"
+
+
+def training_command() -> str:
+    return next(command for command in SHELL if "--data" in command)
+
+
+def test_training_on_your_own_pairs(tmp_path: Path) -> None:
+    lines = [
+        {"prompt": f"{i}?", "chosen": f"yes {i}", "rejected": f"no {i}", "group": "north" if i % 3 else "south"}
+        for i in range(40)
+    ]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    command = [sys.executable, *shlex.split(training_command())[1:]]
+    subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
+    results = json.loads((tmp_path / "runs" / "mine" / "results.json").read_text())
+    assert set(results["runs"]["plain"]["groups"]) == {"north", "south"}
+
+
+def test_pictures_and_links_exist() -> None:
+    for target in re.findall(r"\]\(((?!http)[^)]+)\)", TEXT):
+        assert (ROOT / target).exists(), target
