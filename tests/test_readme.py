@@ -88,3 +88,12 @@ def test_training_on_your_own_pairs(tmp_path: Path) -> None:
 def test_pictures_and_links_exist() -> None:
     for target in re.findall(r"\]\(((?!http)[^)]+)\)", TEXT):
         assert (ROOT / target).exists(), target
+
+
+def test_benchmark_table_is_that_of_the_records() -> None:
+    table = TEXT.split("<!-- benchmarks -->")[1].split("<!-- /benchmarks -->")[0]
+    medians = {float(cell) for cell in re.findall(r"\| ([\d.]+) \(", table)}
+    recorded = set()
+    for path in (ROOT / "benchmarks" / "results" / "cpu").glob("*.json"):
+        recorded |= {record["median_ms"] for record in json.loads(path.read_text())["records"]}
+    assert medians == recorded
