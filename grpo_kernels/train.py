@@ -66,6 +66,7 @@ class TrainConfig:
     sft_steps: int = 150
     batch_size: int = 32
     learning_rate: float = 1e-3
+    sft_learning_rate: float = 1e-3
     eval_every: int = 25
     checkpoint_every: int = 50
     seed: int = 0
@@ -230,9 +231,12 @@ class TrainingJob:
         Returns the evaluations of the phase.
         """
         config, path = self.config, self.out / f"{name}.pt"
-        optimizer = torch.optim.AdamW(self.model.parameters(), lr=config.learning_rate, weight_decay=0.0)
         # The robust and the plain run see the same batches. The warm-up sees others.
-        strategy, seed = ("pooled", config.seed + 1) if name == "sft" else (config.sampling, config.seed)
+        if name == "sft":
+            strategy, seed, peak_rate = "pooled", config.seed + 1, config.sft_learning_rate
+        else:
+            strategy, seed, peak_rate = config.sampling, config.seed, config.learning_rate
+        optimizer = torch.optim.AdamW(self.model.parameters(), lr=peak_rate, weight_decay=0.0)
         sampler = GroupBatchSampler([pair.group_id for pair in self.train_set], config.batch_size, strategy, seed=seed)
         first, evaluations, seconds = self._restore(path, optimizer, weights)
         began = time.perf_counter() - seconds
@@ -268,7 +272,7 @@ class TrainingJob:
                     raise Interrupted(str(self.out))
                 indices = torch.tensor(sampler.batch(step))
                 batch = self._batch([self.train_set[i] for i in indices.tolist()])
-                rate = config.learning_rate * min(1.0, (step + 1) / max(1, round(steps * WARMUP_SHARE)))
+                rate = peak_rate * min(1.0, (step + 1) / max(1, round(steps * WARMUP_SHARE)))
                 for group in optimizer.param_groups:
                     group["lr"] = rate
                 loss, metrics = loss_of(batch, indices)
