@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -43,8 +44,33 @@ class BackendEntry:
     cannot_run: Callable[[Request], list[str]] = field(default=_no_reasons)
 
 
+def _triton_not_usable_here() -> list[str]:
+    if importlib.util.find_spec("triton") is None:
+        return ["triton is not installed (a CUDA build of PyTorch brings it)"]
+    if not torch.cuda.is_available() and not _triton_interprets():
+        return ["there is no CUDA device (tests run it on the CPU with TRITON_INTERPRET=1, set before triton is imported)"]
+    return []
+
+
+def _triton_cannot_run(request: Request) -> list[str]:
+    if request.device.type == "cuda" or (request.device.type == "cpu" and _triton_interprets()):
+        return []
+    return [f"{request.argument} are on {request.device}, needs a CUDA device"]
+
+
+def _triton_interprets() -> bool:
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
 # The order is that of preference: `auto` takes the first entry that can run the input.
 BACKENDS: list[BackendEntry] = [
+    BackendEntry(
+        "triton",
+        "Triton kernels, NVIDIA GPUs",
+        "grpo_kernels.kernels.triton",
+        _triton_not_usable_here,
+        _triton_cannot_run,
+    ),
     BackendEntry("torch", "chunked plain PyTorch, any device", "grpo_kernels.kernels.torch_chunked"),
     BackendEntry("reference", "unfused textbook in eager PyTorch, any device", None),
 ]

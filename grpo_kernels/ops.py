@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from grpo_kernels import dispatch
+from grpo_kernels.kernels import linear
 
 _LIBRARY = torch.library.Library("grpo_kernels", "DEF")
 _SCHEMAS = (
@@ -64,7 +65,7 @@ def _token_logps_backward_inplace_fake(
 def _linear_token_logps(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, ignore_index: int, backend: str
 ) -> tuple[Tensor, Tensor]:
-    return dispatch.kernels_of(backend).linear_token_logps_forward(hidden, weight, bias, labels, ignore_index)
+    return linear.linear_token_logps_forward(dispatch.kernels_of(backend), hidden, weight, bias, labels, ignore_index)
 
 
 def _linear_token_logps_fake(
@@ -84,8 +85,8 @@ def _linear_token_logps_backward(
     needs_grad: Sequence[bool],
     backend: str,
 ) -> tuple[Tensor, ...]:
-    grads = dispatch.kernels_of(backend).linear_token_logps_backward(
-        dtoken_logps, hidden, weight, bias, labels, lse, ignore_index, needs_grad
+    grads = linear.linear_token_logps_backward(
+        dispatch.kernels_of(backend), dtoken_logps, hidden, weight, bias, labels, lse, ignore_index, needs_grad
     )
     # An operator's schema has no optional results: an empty tensor stands for a gradient that nobody asked for.
     return tuple(hidden.new_empty(0) if grad is None else grad for grad in grads)

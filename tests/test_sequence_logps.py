@@ -10,7 +10,7 @@ from conftest import batch
 from torch import Tensor
 
 import grpo_kernels as gk
-from grpo_kernels.kernels import torch_chunked
+from grpo_kernels.kernels import linear, torch_chunked
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
@@ -297,7 +297,7 @@ def linear_inputs(dtype: torch.dtype, bias: bool = True) -> list[Tensor]:
 def test_linear_value_and_gradients(
     backend: str, dtype: torch.dtype, bias: bool, elements: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(torch_chunked, "LINEAR_SCRATCH_ELEMENTS", elements)
+    monkeypatch.setattr(linear, "CHUNK_ELEMENTS", elements)
     _, labels = batch()
     inputs = linear_inputs(dtype, bias)
     upstream = torch.linspace(-1, 2, 6, dtype=torch.float64)
@@ -323,14 +323,14 @@ def test_linear_skips_what_is_frozen(monkeypatch: pytest.MonkeyPatch) -> None:
     _, labels = batch()
     hidden, weight = linear_inputs(torch.float64, bias=False)
     asked = []
-    original = torch_chunked.linear_token_logps_backward
+    original = linear.linear_token_logps_backward
 
     def spy(*args):
         grads = original(*args)
         asked.append([grad is not None for grad in grads])
         return grads
 
-    monkeypatch.setattr(torch_chunked, "linear_token_logps_backward", spy)
+    monkeypatch.setattr(linear, "linear_token_logps_backward", spy)
     (only_hidden,) = torch.autograd.grad(
         gk.linear_sequence_logps(hidden, weight.detach(), labels, backend="torch").sum(), hidden
     )

@@ -1,0 +1,51 @@
+"""Walking over the rows of a batch: flat views without copies, and chunks of the rows that count."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+Rows = slice | Tensor
+
+
+def accumulation_dtype(x: Tensor) -> torch.dtype:
+    """float64 for float64, else float32."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def blocks(rows: Tensor, *others: Tensor | None) -> Iterator[tuple]:
+    """2-D views that together cover ``rows`` (..., W), with the matching pieces of the ``others``; copies nothing.
+
+    One block where every tensor can be viewed flat; otherwise (a slice of each sequence, say) one for each sequence.
+    """
+    batch_dims = rows.dim() - 1
+    tensors = (rows, *others)
+    flat = [None if x is None else _flattened(x, batch_dims) for x in tensors]
+    if all((x is None) == (y is None) for x, y in zip(tensors, flat, strict=True)):
+        yield tuple(flat)
+        return
+    for s in range(rows.shape[0]):
+        yield tuple(None if x is None else x[s] for x in tensors)
+
+
+def _flattened(x: Tensor, batch_dims: int) -> Tensor | None:
+    try:
+        return x.view(x.shape[:batch_dims].numel(), *x.shape[batch_dims:])
+    except RuntimeError:  # the strides allow no flat view
+        return None
+
+
+def counted_chunks(labels: Tensor, ignore_index: int, rows_per_chunk: int) -> Iterator[Rows]:
+    """The rows (N,) whose label counts, at most ``rows_per_chunk`` at a time: a slice where they are neighbours."""
+    counted = (labels != ignore_index).nonzero().squeeze(1)
+    for rows in counted.split(rows_per_chunk):
+        if rows.numel() == 0:
+            return
+        first, last = int(rows[0]), int(rows[-1])
+        yield slice(first, last + 1) if last - first + 1 == rows.numel() else rows
+
+
+def take(block: Tensor, rows: Rows) -> Tensor:
+    return block[rows] if isinstance(rows, slice) else block.index_select(0, rows)

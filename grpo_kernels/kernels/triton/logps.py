@@ -1,0 +1,310 @@
+"""Token log-probabilities: one row of logits a program forward, one tile of a row a program backward.
+
+    lse = max + log(sum_v exp(logit_v - max))      token_logp = logit[label] - lse
+    dlogit_v = dtoken_logp * (1{v = label} - exp(logit_v - lse))
+
+Traffic: the forward reads V, the backward reads V and writes V; an ignored row is not read, only its gradient written.
+
+Each lane keeps a running maximum and sum of its own columns with one exp a logit, so that no step of the loop waits for
+other warps. Lanes, and the splits of a row, are merged at the end in a fixed order.
+"""
+
+from __future__ import annotations
+
+import functools
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from grpo_kernels.kernels.triton.tiles import row_splits, tile_for
+
+# The running maximum starts at a finite number: at a masked logit, -inf minus -inf would be NaN.
+LOWEST = tl.constexpr(-3.0e38)
+MERGE_ROWS = 128
+BYTES_A_LOAD = 16
+
+
+@triton.jit
+def _row_offset(row, T, stride_s, stride_t):
+    """Element offset of row number ``row`` (int64: rows * V passes 2**31)."""
+    return (row // T) * stride_s + (row % T) * stride_t
+
+
+@triton.jit
+def _absorb(running_max, running_sum, x):
+    """The online log-sum-exp of each lane, with one exp: the larger of the two terms is exp(0)."""
+    shrink = tl.exp(-tl.abs(x - running_max))
+    running_sum = tl.where(x > running_max, running_sum * shrink + 1.0, running_sum + shrink)
+    return tl.maximum(running_max, x), running_sum
+
+
+@triton.jit
+def _logps_fwd_kernel(
+    logits_ptr,
+    labels_ptr,
+    token_logps_ptr,
+    lse_ptr,
+    partial_ptr,  # (2, rows, SPLITS), or anything when SPLITS is 1
+    num_rows,
+    T,
+    V,
+    stride_s,
+    stride_t,
+    stride_v,
+    ignore_index,
+    BLOCK: tl.constexpr,
+    SPLITS: tl.constexpr,
+    ALIGN: tl.constexpr,  # elements in 16 bytes where rows may start off that boundary, else 1
+    ACC: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    split = tl.program_id(1)
+    label = tl.load(labels_ptr + row)
+    if label == ignore_index:
+        if split == 0:
+            tl.store(token_logps_ptr + row, 0.0)
+            tl.store(lse_ptr + row, 0.0)
+        return
+    start = _row_offset(row, T, stride_s, stride_t)
+    # Tiles begin at the 16-byte boundary at or before the row, so that loads are 16 bytes wide in every row.
+    shift = (start % ALIGN).to(tl.int32)
+    base = logits_ptr + tl.multiple_of(start - shift, ALIGN)
+    end = V + shift
+    lane = tl.arange(0, BLOCK)
+    running_max = tl.full((BLOCK,), LOWEST, ACC)
+    running_sum = tl.zeros((BLOCK,), ACC)
+
+    tiles = tl.cdiv(end, BLOCK)
+    tiles_a_split = tl.cdiv(tiles, SPLITS)
+    first = split * tiles_a_split
+    last = tl.minimum(first + tiles_a_split, tiles)
+    complete = end // BLOCK  # tiles before this one end inside the row
+    if ALIGN > 1:
+        if first == 0:  # the tile that may begin before the row
+            mask = (lane >= shift) & (lane < end)
+            x = tl.load(base + lane * stride_v, mask, other=-float("inf")).to(ACC)
+            running_max, running_sum = _absorb(running_max, running_sum, x)
+        first = tl.maximum(first, 1)
+    for tile in range(first, tl.minimum(last, complete)):
+        x = tl.load(base + (tile * BLOCK + lane) * stride_v).to(ACC)
+        running_max, running_sum = _absorb(running_max, running_sum, x)
+    if (last > complete) & (complete >= first):  # the tile that ends behind the row
+        mask = complete * BLOCK + lane < end
+        x = tl.load(base + (complete * BLOCK + lane) * stride_v, mask, other=-float("inf")).to(ACC)
+        running_max, running_sum = _absorb(running_max, running_sum, x)
+
+    row_max = tl.max(running_max, 0)
+    row_sum = tl.sum(running_sum * tl.exp(running_max - row_max), 0)
+    if SPLITS == 1:
+        lse = row_max + tl.log(row_sum)
+        known = (label >= 0) & (label < V)
+        label_logit = tl.load(logits_ptr + start + label.to(tl.int64) * stride_v, known, other=0.0).to(ACC)
+        tl.store(token_logps_ptr + row, tl.where(known, label_logit - lse, float("nan")))
+        tl.store(lse_ptr + row, tl.where(known, lse, float("nan")))
+    else:
+        tl.store(partial_ptr + row * SPLITS + split, row_max)
+        tl.store(partial_ptr + (num_rows.to(tl.int64) + row) * SPLITS + split, row_sum)
+
+
+@triton.jit
+def _merge_splits_kernel(
+    logits_ptr,
+    labels_ptr,
+    token_logps_ptr,
+    lse_ptr,
+    partial_ptr,  # (2, rows, SPLITS)
+    num_rows,
+    T,
+    V,
+    stride_s,
+    stride_t,
+    stride_v,
+    ignore_index,
+    ROWS: tl.constexpr,
+    SPLITS: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    inside = rows < num_rows
+    label = tl.load(labels_ptr + rows, inside, other=0)
+    counted = inside & (label != ignore_index)
+    row_max = tl.full((ROWS,), LOWEST, ACC)
+    row_sum = tl.zeros((ROWS,), ACC)
+    for split in range(SPLITS):  # always in this order: the result is the same from run to run
+        part_max = tl.load(partial_ptr + rows * SPLITS + split, counted, other=LOWEST)
+        part_sum = tl.load(partial_ptr + (num_rows + rows) * SPLITS + split, counted, other=0.0)
+        larger = tl.maximum(row_max, part_max)
+        row_sum = row_sum * tl.exp(row_max - larger) + part_sum * tl.exp(part_max - larger)
+        row_max = larger
+    lse = row_max + tl.log(row_sum)
+    known = counted & (label >= 0) & (label < V)
+    offset = _row_offset(rows, T, stride_s, stride_t) + label.to(tl.int64) * stride_v
+    label_logit = tl.load(logits_ptr + offset, known, other=0.0).to(ACC)
+    nan_if_unknown = tl.where(known, 0.0, float("nan"))
+    tl.store(token_logps_ptr + rows, tl.where(counted, label_logit - lse + nan_if_unknown, 0.0), inside)
+    tl.store(lse_ptr + rows, tl.where(counted, lse + nan_if_unknown, 0.0), inside)
+
+
+@triton.jit
+def _store_gradient_tile(
+    x_ptr, out_ptr, cols, mask, stride_v, out_stride_v, label_col, lse, scale, MASKED: tl.constexpr
+):
+    ACC: tl.constexpr = lse.dtype
+    if MASKED:
+        x = tl.load(x_ptr + cols * stride_v, mask, other=0.0).to(ACC)
+    else:
+        x = tl.load(x_ptr + cols * stride_v).to(ACC)
+    gradient = scale * (tl.where(cols == label_col, 1.0, 0.0) - tl.exp(x - lse))
+    gradient = gradient.to(out_ptr.dtype.element_ty)
+    if MASKED:
+        tl.store(out_ptr + cols * out_stride_v, gradient, mask)
+    else:
+        tl.store(out_ptr + cols * out_stride_v, gradient)
+
+
+@triton.jit
+def _logps_bwd_kernel(
+    dtoken_logps_ptr,
+    logits_ptr,
+    labels_ptr,
+    lse_ptr,
+    out_ptr,  # may be logits_ptr
+    T,
+    V,
+    scale_stride_s,
+    scale_stride_t,
+    stride_s,
+    stride_t,
+    stride_v,
+    out_stride_s,
+    out_stride_t,
+    out_stride_v,
+    ignore_index,
+    BLOCK: tl.constexpr,
+    ALIGN: tl.constexpr,  # as in the forward, for logits and out alike
+):
+    row = tl.program_id(0).to(tl.int64)
+    tile = tl.program_id(1)
+    label = tl.load(labels_ptr + row)
+    start = _row_offset(row, T, stride_s, stride_t)
+    out_start = _row_offset(row, T, out_stride_s, out_stride_t)
+    shift = (start % ALIGN).to(tl.int32)
+    x_ptr = logits_ptr + tl.multiple_of(start - shift, ALIGN)
+    o_ptr = out_ptr + tl.multiple_of(out_start - shift, ALIGN)
+    cols = tile * BLOCK + tl.arange(0, BLOCK)
+    end = V + shift
+    whole = tile * BLOCK + BLOCK <= end
+    if ALIGN > 1:
+        whole = whole & (tile > 0)
+    mask = (cols >= shift) & (cols < end)
+    if label == ignore_index:
+        tl.store(o_ptr + cols * out_stride_v, tl.zeros((BLOCK,), out_ptr.dtype.element_ty), mask)
+        return
+    lse = tl.load(lse_ptr + row)
+    scale = tl.load(dtoken_logps_ptr + _row_offset(row, T, scale_stride_s, scale_stride_t)).to(lse.dtype)
+    label_col = label.to(tl.int64) + shift
+    if whole:
+        _store_gradient_tile(x_ptr, o_ptr, cols, mask, stride_v, out_stride_v, label_col, lse, scale, MASKED=False)
+    else:
+        _store_gradient_tile(x_ptr, o_ptr, cols, mask, stride_v, out_stride_v, label_col, lse, scale, MASKED=True)
+
+
+def token_logps_forward(
+    logits: Tensor, labels: Tensor, ignore_index: int, splits: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """The contract's function. ``splits``: programs a row, by the table where None."""
+    acc = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    token_logps = torch.empty(labels.shape, dtype=acc, device=logits.device)
+    lse = torch.empty_like(token_logps)
+    num_rows, vocab_size = labels.numel(), logits.shape[-1]
+    if num_rows == 0:
+        return token_logps, lse
+    tile = tile_for("forward", logits.itemsize, vocab_size)
+    if splits is None:
+        splits = row_splits(num_rows, vocab_size, tile.block, multiprocessors(logits.device))
+    partial = torch.empty(2 * num_rows * splits, dtype=acc, device=logits.device) if splits > 1 else lse
+    shape = (num_rows, positions(logits), vocab_size, *strides_of(logits), ignore_index)
+    arguments = (logits, labels.contiguous(), token_logps, lse, partial, *shape)
+    acc_type = tl.float64 if acc == torch.float64 else tl.float32
+    with device_of(logits):
+        _logps_fwd_kernel[(num_rows, splits)](
+            *arguments,
+            BLOCK=tile.block,
+            SPLITS=splits,
+            ALIGN=alignment(logits),
+            ACC=acc_type,
+            num_warps=tile.num_warps,
+        )
+        if splits > 1:
+            _merge_splits_kernel[(triton.cdiv(num_rows, MERGE_ROWS),)](
+                *arguments, ROWS=MERGE_ROWS, SPLITS=splits, ACC=acc_type, num_warps=4
+            )
+    return token_logps, lse
+
+
+def token_logps_backward(
+    dtoken_logps: Tensor, logits: Tensor, labels: Tensor, lse: Tensor, ignore_index: int, out: Tensor
+) -> None:
+    """The contract's function."""
+    num_rows, vocab_size = labels.numel(), logits.shape[-1]
+    if num_rows == 0:
+        return
+    tile = tile_for("backward", logits.itemsize, vocab_size)
+    align = max(alignment(logits), alignment(out))
+    if strides_of(logits) != strides_of(out) and align > 1:
+        align = 1  # rows of the two would begin at different distances from a boundary
+    columns = vocab_size + align - 1
+    with device_of(logits):
+        _logps_bwd_kernel[(num_rows, triton.cdiv(columns, tile.block))](
+            dtoken_logps,
+            logits,
+            labels.contiguous(),
+            lse,
+            out,
+            positions(logits),
+            vocab_size,
+            *row_strides_of(dtoken_logps),
+            *strides_of(logits),
+            *strides_of(out),
+            ignore_index,
+            BLOCK=tile.block,
+            ALIGN=align,
+            num_warps=tile.num_warps,
+        )
+
+
+def positions(logits: Tensor) -> int:
+    """T: row number r is position r % T of sequence r // T. Packed rows are one sequence."""
+    return logits.shape[-2]
+
+
+def strides_of(logits: Tensor) -> tuple[int, int, int]:
+    """(sequence, position, vocabulary) strides in elements."""
+    return (0, *logits.stride()) if logits.dim() == 2 else logits.stride()  # type: ignore[return-value]
+
+
+def row_strides_of(values: Tensor) -> tuple[int, int]:
+    """(sequence, position) strides of a tensor with one number a row; 0 where it was expanded."""
+    return (0, *values.stride()) if values.dim() == 1 else values.stride()  # type: ignore[return-value]
+
+
+def alignment(logits: Tensor) -> int:
+    """Elements in 16 bytes if rows may begin off such a boundary; 1 if none does, or if columns are not neighbours."""
+    stride_s, stride_t, stride_v = strides_of(logits)
+    elements = BYTES_A_LOAD // logits.itemsize
+    aligned = stride_s % elements == 0 and stride_t % elements == 0
+    return 1 if aligned or stride_v != 1 else elements
+
+
+@functools.lru_cache(maxsize=64)
+def multiprocessors(device: torch.device) -> int:
+    """Streaming multiprocessors of a GPU; 1 for the interpreter, which runs programs one after another."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+def device_of(tensor: Tensor) -> AbstractContextManager[Any]:
+    return torch.cuda.device(tensor.device) if tensor.device.type == "cuda" else nullcontext()
