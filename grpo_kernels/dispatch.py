@@ -42,13 +42,17 @@ class BackendEntry:
     module: str | None
     not_usable_here: Callable[[], list[str]] = field(default=_no_reasons)
     cannot_run: Callable[[Request], list[str]] = field(default=_no_reasons)
+    auto_devices: tuple[str, ...] | None = None
+    """Device types on which `auto` considers it; None: all. (Triton's interpreter runs only when asked for.)"""
 
 
 def _triton_not_usable_here() -> list[str]:
     if importlib.util.find_spec("triton") is None:
         return ["triton is not installed (a CUDA build of PyTorch brings it)"]
     if not torch.cuda.is_available() and not _triton_interprets():
-        return ["there is no CUDA device (tests run it on the CPU with TRITON_INTERPRET=1, set before triton is imported)"]
+        return [
+            "there is no CUDA device (tests run it on the CPU with TRITON_INTERPRET=1, set before triton is imported)"
+        ]
     return []
 
 
@@ -70,6 +74,7 @@ BACKENDS: list[BackendEntry] = [
         "grpo_kernels.kernels.triton",
         _triton_not_usable_here,
         _triton_cannot_run,
+        auto_devices=("cuda",),
     ),
     BackendEntry("torch", "chunked plain PyTorch, any device", "grpo_kernels.kernels.torch_chunked"),
     BackendEntry("reference", "unfused textbook in eager PyTorch, any device", None),
@@ -112,6 +117,8 @@ def select(backend: str, request: Request) -> BackendEntry:
         return entry
     refusals = []
     for entry in BACKENDS:
+        if entry.auto_devices is not None and request.device.type not in entry.auto_devices:
+            continue
         reasons = reasons_against(entry, request)
         if not reasons:
             return entry

@@ -10,7 +10,7 @@ from torch import Tensor
 LossType = Literal["sigmoid", "ipo", "hinge", "robust"]
 Estimator = Literal["importance", "group_mean"]
 UpdateMode = Literal["inline", "lagged"]
-Backend = Literal["auto", "torch", "reference"]
+Backend = Literal["auto", "triton", "torch", "reference"]
 
 LOSS_TYPES: tuple[str, ...] = get_args(LossType)
 ESTIMATORS: tuple[str, ...] = get_args(Estimator)

@@ -28,8 +28,23 @@ def fussy(monkeypatch: pytest.MonkeyPatch) -> dispatch.BackendEntry:
 
 
 def test_backends_lists_all_in_order() -> None:
-    assert list(gk.backends()) == ["torch", "reference"]
-    assert gk.backends() == {"torch": [], "reference": []}
+    assert list(gk.backends()) == ["triton", "torch", "reference"]
+    assert gk.backends()["torch"] == gk.backends()["reference"] == []
+
+
+def test_triton_says_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a CUDA device")
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    assert "there is no CUDA device" in gk.backends()["triton"][0]
+    with pytest.raises(NotImplementedError, match="there is no CUDA device"):
+        dispatch.select("triton", REQUEST)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert gk.backends()["triton"] == []
+    assert dispatch.select("auto", REQUEST).name == "torch", "the interpreter is never chosen by auto"
+    elsewhere = dataclasses.replace(REQUEST, device=torch.device("meta"))
+    with pytest.raises(NotImplementedError, match="logits are on meta, needs a CUDA device"):
+        dispatch.select("triton", elsewhere)
 
 
 def test_auto_takes_the_first_that_can(fussy: dispatch.BackendEntry) -> None:
@@ -55,7 +70,7 @@ def test_nothing_can_run(monkeypatch: pytest.MonkeyPatch, fussy: dispatch.Backen
 
 
 def test_unknown_name() -> None:
-    with pytest.raises(ValueError, match="backend must be one of 'auto', 'torch', 'reference', got 'tritn'"):
+    with pytest.raises(ValueError, match="backend must be one of 'auto', 'triton', 'torch', 'reference', got 'tritn'"):
         dispatch.select("tritn", REQUEST)
 
 
