@@ -33,7 +33,7 @@ def _token_logps(logits: Tensor, labels: Tensor, ignore_index: int, backend: str
 
 def _token_logps_fake(logits: Tensor, labels: Tensor, ignore_index: int, backend: str) -> tuple[Tensor, Tensor]:
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    return logits.new_empty(labels.shape, dtype=dtype), logits.new_empty(labels.shape, dtype=dtype)
+    return logits.new_empty(labels.shape, dtype=dtype), logits.new_empty((*labels.shape, 2), dtype=dtype)
 
 
 def _token_logps_backward(

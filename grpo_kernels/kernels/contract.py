@@ -14,7 +14,11 @@ from torch import Tensor
 
 class KernelBackend(Protocol):
     def token_logps_forward(self, logits: Tensor, labels: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
-        """(token_logps, lse), both (...) in the accumulation dtype: float64 for float64 logits, else float32."""
+        """token_logps (...) and lse (..., 2), in the accumulation dtype: float64 for float64 logits, else float32.
+
+        lse[..., 0] + lse[..., 1] is the row's log-sum-exp. It is kept in two parts, such as the maximum and the log of
+        the sum of exp(logit - maximum), because one float32 cannot hold 10000.693 to the digits that a softmax needs.
+        """
         ...
 
     def token_logps_backward(

@@ -26,7 +26,7 @@ def linear_token_logps_forward(
 ) -> tuple[Tensor, Tensor]:
     """(token_logps, lse) as `KernelBackend.token_logps_forward` has them, of the logits that are never held whole."""
     token_logps = torch.zeros(labels.shape, dtype=accumulation_dtype(hidden), device=hidden.device)
-    lse = torch.zeros_like(token_logps)
+    lse = torch.zeros(*labels.shape, 2, dtype=token_logps.dtype, device=hidden.device)
     buffer = _chunk_buffer(hidden, weight)
     for block, block_labels, block_logps, block_lse in blocks(hidden, labels, token_logps, lse):
         for rows in counted_chunks(block_labels, ignore_index, buffer.shape[0]):

@@ -22,7 +22,7 @@ SCRATCH_ELEMENTS = 1 << 20
 def token_logps_forward(logits: Tensor, labels: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
     dtype = accumulation_dtype(logits)
     token_logps = torch.zeros(labels.shape, dtype=dtype, device=logits.device)
-    lse = torch.zeros_like(token_logps)
+    lse = torch.zeros(*labels.shape, 2, dtype=dtype, device=logits.device)
     scratch = _scratch(logits, SCRATCH_ELEMENTS, dtype)
     for block, block_labels, block_logps, block_lse in blocks(logits, labels, token_logps, lse):
         for rows in counted_chunks(block_labels, ignore_index, scratch.shape[0]):
@@ -47,16 +47,17 @@ def token_logps_backward(
 
 
 def _logps_of_chunk(chunk: Tensor, labels: Tensor, scratch: Tensor) -> tuple[Tensor, Tensor]:
-    """(token_logps, lse) of counted rows: chunk (n, V), labels (n,)."""
+    """token_logps (n,) and lse (n, 2) of counted rows: chunk (n, V), labels (n,)."""
     labels, known = _clamped(labels, chunk.shape[1])
     log_softmax = torch.log_softmax(chunk, dim=1, dtype=scratch.dtype, out=scratch[: chunk.shape[0]])
     picked = log_softmax.gather(1, labels).squeeze(1)
     label_logits = chunk.gather(1, labels).squeeze(1).to(scratch.dtype)
-    lse = label_logits - picked
+    lse = torch.stack([label_logits, -picked], dim=1)
     masked = label_logits.isneginf()
-    if masked.any():  # -inf - (-inf) has lost the lse
-        lse = torch.where(masked, torch.logsumexp(chunk.to(scratch.dtype), dim=1), lse)
-    return picked.masked_fill_(~known, torch.nan), lse.masked_fill_(~known, torch.nan)
+    if masked.any():  # -inf + inf has lost the lse
+        lse[masked, 0] = torch.logsumexp(chunk[masked].to(scratch.dtype), dim=1)
+        lse[masked, 1] = 0
+    return picked.masked_fill_(~known, torch.nan), lse.masked_fill_(~known.unsqueeze(1), torch.nan)
 
 
 def _softmax_minus_onehot(chunk: Tensor, labels: Tensor, scratch: Tensor) -> Tensor:

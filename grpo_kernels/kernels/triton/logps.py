@@ -1,7 +1,7 @@
 """Token log-probabilities: one row of logits a program forward, one tile of a row a program backward.
 
-    lse = max + log(sum_v exp(logit_v - max))      token_logp = logit[label] - lse
-    dlogit_v = dtoken_logp * (1{v = label} - exp(logit_v - lse))
+    token_logp = logit[label] - max - log_sum        log_sum = log(sum_v exp(logit_v - max))
+    dlogit_v = dtoken_logp * (1{v = label} - exp(logit_v - max - log_sum))
 
 Traffic: the forward reads V, the backward reads V and writes V; an ignored row is not read, only its gradient written.
 
@@ -47,7 +47,7 @@ def _logps_fwd_kernel(
     logits_ptr,
     labels_ptr,
     token_logps_ptr,
-    lse_ptr,
+    lse_ptr,  # (rows, 2)
     partial_ptr,  # (2, rows, SPLITS), or anything when SPLITS is 1
     num_rows,
     T,
@@ -67,7 +67,8 @@ def _logps_fwd_kernel(
     if label == ignore_index:
         if split == 0:
             tl.store(token_logps_ptr + row, 0.0)
-            tl.store(lse_ptr + row, 0.0)
+            tl.store(lse_ptr + 2 * row, 0.0)
+            tl.store(lse_ptr + 2 * row + 1, 0.0)
         return
     start = _row_offset(row, T, stride_s, stride_t)
     # Tiles begin at the 16-byte boundary at or before the row, so that loads are 16 bytes wide in every row.
@@ -100,11 +101,12 @@ def _logps_fwd_kernel(
     row_max = tl.max(running_max, 0)
     row_sum = tl.sum(running_sum * tl.exp(running_max - row_max), 0)
     if SPLITS == 1:
-        lse = row_max + tl.log(row_sum)
         known = (label >= 0) & (label < V)
-        label_logit = tl.load(logits_ptr + start + label.to(tl.int64) * stride_v, known, other=0.0).to(ACC)
-        tl.store(token_logps_ptr + row, tl.where(known, label_logit - lse, float("nan")))
-        tl.store(lse_ptr + row, tl.where(known, lse, float("nan")))
+        label_logit = tl.load(logits_ptr + start + label.to(tl.int64) * stride_v, known, other=float("nan")).to(ACC)
+        log_sum = tl.where(known, tl.log(row_sum), float("nan"))
+        tl.store(token_logps_ptr + row, label_logit - row_max - log_sum)
+        tl.store(lse_ptr + 2 * row, row_max)
+        tl.store(lse_ptr + 2 * row + 1, log_sum)
     else:
         tl.store(partial_ptr + row * SPLITS + split, row_max)
         tl.store(partial_ptr + (num_rows.to(tl.int64) + row) * SPLITS + split, row_sum)
@@ -140,25 +142,25 @@ def _merge_splits_kernel(
         larger = tl.maximum(row_max, part_max)
         row_sum = row_sum * tl.exp(row_max - larger) + part_sum * tl.exp(part_max - larger)
         row_max = larger
-    lse = row_max + tl.log(row_sum)
     known = counted & (label >= 0) & (label < V)
     offset = _row_offset(rows, T, stride_s, stride_t) + label.to(tl.int64) * stride_v
-    label_logit = tl.load(logits_ptr + offset, known, other=0.0).to(ACC)
-    nan_if_unknown = tl.where(known, 0.0, float("nan"))
-    tl.store(token_logps_ptr + rows, tl.where(counted, label_logit - lse + nan_if_unknown, 0.0), inside)
-    tl.store(lse_ptr + rows, tl.where(counted, lse + nan_if_unknown, 0.0), inside)
+    label_logit = tl.load(logits_ptr + offset, known, other=float("nan")).to(ACC)
+    log_sum = tl.where(known, tl.log(row_sum), float("nan"))
+    tl.store(token_logps_ptr + rows, tl.where(counted, label_logit - row_max - log_sum, 0.0), inside)
+    tl.store(lse_ptr + 2 * rows, tl.where(counted, row_max, 0.0), inside)
+    tl.store(lse_ptr + 2 * rows + 1, tl.where(counted, log_sum, 0.0), inside)
 
 
 @triton.jit
 def _store_gradient_tile(
-    x_ptr, out_ptr, cols, mask, stride_v, out_stride_v, label_col, lse, scale, MASKED: tl.constexpr
+    x_ptr, out_ptr, cols, mask, stride_v, out_stride_v, label_col, row_max, log_sum, scale, MASKED: tl.constexpr
 ):
-    ACC: tl.constexpr = lse.dtype
+    ACC: tl.constexpr = row_max.dtype
     if MASKED:
         x = tl.load(x_ptr + cols * stride_v, mask, other=0.0).to(ACC)
     else:
         x = tl.load(x_ptr + cols * stride_v).to(ACC)
-    gradient = scale * (tl.where(cols == label_col, 1.0, 0.0) - tl.exp(x - lse))
+    gradient = scale * (tl.where(cols == label_col, 1.0, 0.0) - tl.exp(x - row_max - log_sum))
     gradient = gradient.to(out_ptr.dtype.element_ty)
     if MASKED:
         tl.store(out_ptr + cols * out_stride_v, gradient, mask)
@@ -171,7 +173,7 @@ def _logps_bwd_kernel(
     dtoken_logps_ptr,
     logits_ptr,
     labels_ptr,
-    lse_ptr,
+    lse_ptr,  # (rows, 2)
     out_ptr,  # may be logits_ptr
     T,
     V,
@@ -204,13 +206,18 @@ def _logps_bwd_kernel(
     if label == ignore_index:
         tl.store(o_ptr + cols * out_stride_v, tl.zeros((BLOCK,), out_ptr.dtype.element_ty), mask)
         return
-    lse = tl.load(lse_ptr + row)
-    scale = tl.load(dtoken_logps_ptr + _row_offset(row, T, scale_stride_s, scale_stride_t)).to(lse.dtype)
+    row_max = tl.load(lse_ptr + 2 * row)
+    log_sum = tl.load(lse_ptr + 2 * row + 1)
+    scale = tl.load(dtoken_logps_ptr + _row_offset(row, T, scale_stride_s, scale_stride_t)).to(row_max.dtype)
     label_col = label.to(tl.int64) + shift
     if whole:
-        _store_gradient_tile(x_ptr, o_ptr, cols, mask, stride_v, out_stride_v, label_col, lse, scale, MASKED=False)
+        _store_gradient_tile(
+            x_ptr, o_ptr, cols, mask, stride_v, out_stride_v, label_col, row_max, log_sum, scale, MASKED=False
+        )
     else:
-        _store_gradient_tile(x_ptr, o_ptr, cols, mask, stride_v, out_stride_v, label_col, lse, scale, MASKED=True)
+        _store_gradient_tile(
+            x_ptr, o_ptr, cols, mask, stride_v, out_stride_v, label_col, row_max, log_sum, scale, MASKED=True
+        )
 
 
 def token_logps_forward(
@@ -219,7 +226,7 @@ def token_logps_forward(
     """The contract's function. ``splits``: programs a row, by the table where None."""
     acc = torch.float64 if logits.dtype == torch.float64 else torch.float32
     token_logps = torch.empty(labels.shape, dtype=acc, device=logits.device)
-    lse = torch.empty_like(token_logps)
+    lse = torch.empty(*labels.shape, 2, dtype=acc, device=logits.device)
     num_rows, vocab_size = labels.numel(), logits.shape[-1]
     if num_rows == 0:
         return token_logps, lse
