@@ -18,6 +18,7 @@ def parser() -> argparse.ArgumentParser:
     bench.add_argument("--out", default="benchmarks/results", help="folder for the records (default: %(default)s)")
     bench.add_argument("--quick", action="store_true", help="smaller shapes and fewer repetitions")
     doctor = commands.add_parser("doctor", help="show versions, devices and which backends are usable")
+    doctor.add_argument("--kernels", action="store_true", help="compile the Triton kernels and report on the outcome")
     doctor.add_argument("--json", action="store_true", help="for programs")
     return top
 
@@ -68,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if name == "doctor":
             from grpo_kernels import doctor
 
-            return doctor.command(arguments["json"])
+            return doctor.command(arguments["json"], arguments["kernels"])
         if name == "bench":
             from grpo_kernels import bench
 

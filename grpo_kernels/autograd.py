@@ -65,6 +65,47 @@ class LinearTokenLogps(torch.autograd.Function):
         return (*(grad if need else None for grad, need in zip(grads, needs_grad, strict=True)), None, None, None)
 
 
+class FusedGroupRobustLoss(torch.autograd.Function):
+    """(loss, sequences, pairs, groups, counts): the tables of kernels/group_robust.py, from logits in one operator."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        inplace_backward: bool,
+        backend: str,
+        ignore_index: int,
+        logits: Tensor,
+        labels: Tensor,
+        cu_seqlens: Tensor | None,
+        ref_logps: Tensor | None,
+        group_ids: Tensor,
+        *arguments: Any,
+    ) -> tuple[Tensor, ...]:
+        loss, sequences, pairs, groups, counts, lse, row_sequence = torch.ops.grpo_kernels.group_robust_loss(
+            logits, labels, cu_seqlens, ref_logps, group_ids, *arguments
+        )
+        ctx.save_for_backward(logits, labels, lse, row_sequence, sequences, pairs, group_ids)
+        ctx.options = (ignore_index, cu_seqlens is not None, backend)
+        ctx.inplace_backward = inplace_backward
+        ctx.num_inputs = 8 + len(arguments)
+        ctx.mark_non_differentiable(counts)
+        ctx.set_materialize_grads(False)
+        return loss, sequences, pairs, groups, counts
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
+        logits, *saved = ctx.saved_tensors
+        arguments = (*upstream[:4], logits, *saved, *ctx.options)
+        if ctx.inplace_backward and not torch.compiler.is_compiling():
+            torch.ops.grpo_kernels.group_robust_loss_backward_(*arguments)
+            torch.autograd.graph.increment_version(logits)  # as in TokenLogps
+            dlogits = logits
+        else:
+            dlogits = torch.ops.grpo_kernels.group_robust_loss_backward(*arguments)
+        return (None, None, None, dlogits, *([None] * (ctx.num_inputs - 4)))
+
+
 class PairLossFunction(torch.autograd.Function):
     """l(h) (B,) with the derivative from the table of pair losses."""
 

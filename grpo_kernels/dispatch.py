@@ -11,7 +11,7 @@ from typing import cast
 
 import torch
 
-from grpo_kernels.kernels.contract import KernelBackend
+from grpo_kernels.kernels.contract import FusedKernelBackend, KernelBackend
 
 ENVIRONMENT_VARIABLE = "GRPO_KERNELS_BACKEND"
 
@@ -44,6 +44,8 @@ class BackendEntry:
     cannot_run: Callable[[Request], list[str]] = field(default=_no_reasons)
     auto_devices: tuple[str, ...] | None = None
     """Device types on which `auto` considers it; None: all. (Triton's interpreter runs only when asked for.)"""
+    fuses_loss: bool = False
+    """Whether its module is also a FusedKernelBackend."""
 
 
 def _triton_not_usable_here() -> list[str]:
@@ -75,6 +77,7 @@ BACKENDS: list[BackendEntry] = [
         _triton_not_usable_here,
         _triton_cannot_run,
         auto_devices=("cuda",),
+        fuses_loss=True,
     ),
     BackendEntry("torch", "chunked plain PyTorch, any device", "grpo_kernels.kernels.torch_chunked"),
     BackendEntry("reference", "unfused textbook in eager PyTorch, any device", None),
@@ -95,6 +98,11 @@ def kernels_of(name: str) -> KernelBackend:
     if module is None:
         raise ValueError(f"backend {name!r} has no kernels")
     return cast(KernelBackend, importlib.import_module(module))
+
+
+def fused_kernels_of(name: str) -> FusedKernelBackend:
+    """The module of a backend whose entry says ``fuses_loss``."""
+    return cast(FusedKernelBackend, kernels_of(name))
 
 
 def reasons_against(entry: BackendEntry, request: Request) -> list[str]:

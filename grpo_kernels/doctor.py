@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
 import json
 import platform
@@ -45,7 +46,9 @@ def facts() -> dict[str, Any]:
     }
 
 
-def command(as_json: bool) -> int:
+def command(as_json: bool, kernels: bool = False) -> int:
+    if kernels:
+        return _kernels(as_json)
     found = facts()
     if as_json:
         print(json.dumps(found, indent=2))
@@ -61,3 +64,23 @@ def command(as_json: bool) -> int:
         for reason in entry["not_usable_because"]:
             print(f"             - {reason}")
     return 0
+
+
+def _kernels(as_json: bool) -> int:
+    """Compile the Triton kernels for several GPUs, none of which need be here; 1 if the outcome has a problem."""
+    from grpo_kernels.kernels.triton import compile_report
+
+    found = compile_report.report()
+    problems = compile_report.problems(found)
+    if as_json:
+        print(json.dumps({"kernels": [dataclasses.asdict(one) for one in found], "problems": problems}, indent=2))
+        return bool(problems)
+    print("LDG and STG: loads and stores of global memory in the machine code, by bits; .128 is 16 bytes a thread")
+    for one in found:
+        access = " ".join(f"{name}x{count}" for name, count in one.global_access.items())
+        print(
+            f"sm_{one.capability:<3} {one.variant}: {one.registers} registers, {one.spill_bytes} bytes spilled, "
+            f"{one.shared_bytes} bytes shared, {access}"
+        )
+    print("\n".join(f"PROBLEM: {problem}" for problem in problems) or "no problems")
+    return bool(problems)

@@ -58,7 +58,7 @@ def sequence_logps(
     """
     validation.check_rows_and_labels("logits", logits, labels, cu_seqlens, ignore_index, logits.shape[-1])
     if shift_labels:
-        labels = _shifted(labels, cu_seqlens, ignore_index)
+        labels = shifted_labels(labels, cu_seqlens, ignore_index)
     request = dispatch.Request("logits", tuple(logits.shape), logits.dtype, logits.device)
     entry = dispatch.select(backend, request)
     if entry.module is None:
@@ -104,7 +104,7 @@ def linear_sequence_logps(
     hidden, weight, bias = _autocast(hidden, weight, bias)
     validation.check_head(hidden, weight, bias)
     if shift_labels:
-        labels = _shifted(labels, cu_seqlens, ignore_index)
+        labels = shifted_labels(labels, cu_seqlens, ignore_index)
     entry = dispatch.select(backend, dispatch.Request("hidden", tuple(hidden.shape), hidden.dtype, hidden.device))
     if entry.module is None:
         return reference.linear_sequence_logps(hidden, weight, bias, labels, cu_seqlens, ignore_index, average)
@@ -148,21 +148,21 @@ def preference_losses(
     """
     validation.check_logps(policy_logps, ref_logps)
     num_pairs = policy_logps.shape[0] // 2
-    validation.check_beta(beta, num_pairs)
+    validation.check_beta(beta, num_pairs, policy_logps.device)
     validation.check_loss_options(loss_type, label_smoothing, PAIR_LOSSES)
     ratios = policy_logps if ref_logps is None else policy_logps - ref_logps
     h = ratios[:num_pairs] - ratios[num_pairs:]
     if margin is not None:
-        validation.check_pair_vector("margin", margin, num_pairs)
+        validation.check_pair_vector("margin", margin, num_pairs, h.device)
         h = h - margin
     losses = PairLossFunction.apply(h, beta, loss_type, label_smoothing)
     if weights is not None:
-        validation.check_pair_vector("weights", weights, num_pairs)
+        validation.check_pair_vector("weights", weights, num_pairs, h.device)
         losses = losses * weights
     return losses
 
 
-def _shifted(labels: Tensor, cu_seqlens: Tensor | None, ignore_index: int) -> Tensor:
+def shifted_labels(labels: Tensor, cu_seqlens: Tensor | None, ignore_index: int) -> Tensor:
     """Labels moved one to the left: row t holds what it predicts, and the last row of a sequence predicts nothing."""
     nothing = labels.new_full((*labels.shape[:-1], 1), ignore_index)
     shifted = torch.cat([labels[..., 1:], nothing], dim=-1)

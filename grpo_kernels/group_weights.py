@@ -168,23 +168,37 @@ class GroupWeights(nn.Module):
         self.pending_counts.zero_()
 
     def observe(self, group_loss_sums: Tensor, group_counts: Tensor) -> None:
-        """What a forward of the loss does with its batch: move alpha, or add to the statistics, or nothing.
+        """What a forward of the loss does with its batch: move alpha, or add to the statistics, or nothing."""
+        update = self.update_of_forward()
+        if update == "lagged":
+            self.accumulate(group_loss_sums, group_counts)
+        elif update == "inline":
+            self.update(group_loss_sums, group_counts)
+        self.after_forward(update, group_loss_sums, group_counts)
+
+    def update_of_forward(self) -> str:
+        """What a forward of the loss has to do now: "inline", "lagged", "recomputed" or "none".
 
         Nothing in eval mode, under no_grad, and when activation checkpointing runs the forward again inside a backward.
         """
         if not self.training or not torch.is_grad_enabled():
-            return
+            return "none"
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             _refuse_several_ranks(torch.distributed.get_world_size())
         if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
+            return "recomputed"
+        return self.update_mode
+
+    def after_forward(self, update: str, group_loss_sums: Tensor, group_counts: Tensor) -> None:
+        """Remember the batch that moved alpha, so that a forward run again can be told from a new one."""
+        if update == "none" or torch.compiler.is_compiling():
+            return
+        if update == "recomputed":
             self._check_recomputed(group_loss_sums, group_counts)
             return
-        if self.update_mode == "lagged":
-            self.accumulate(group_loss_sums, group_counts)
-        else:
-            self.update(group_loss_sums, group_counts)
-        if not torch.compiler.is_compiling():
-            self._last_update = (group_loss_sums, group_counts)
+        self._last_update = (group_loss_sums, group_counts)
+        if self.log_alpha.device.type == "cpu":
+            self._warn_if_skipped()
 
     def extra_repr(self) -> str:
         return (

@@ -5,9 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from grpo_kernels import validation
-from grpo_kernels.functional import linear_sequence_logps, preference_losses, sequence_logps
+from grpo_kernels import dispatch, validation
+from grpo_kernels.autograd import FusedGroupRobustLoss
+from grpo_kernels.functional import linear_sequence_logps, preference_losses, sequence_logps, shifted_labels
 from grpo_kernels.group_weights import GroupWeights
+from grpo_kernels.kernels import group_robust as tables
 from grpo_kernels.pair_losses import PAIR_LOSSES
 from grpo_kernels.segments import segment_sum
 from grpo_kernels.types import IGNORE_INDEX, GroupRobustOutput
@@ -59,10 +61,9 @@ class _GroupRobustLossBase(nn.Module):
         In training mode with gradients on: pair losses -> group losses -> alpha update -> loss with the new alpha.
         """
         validation.check_logps(policy_logps, ref_logps)
-        validation.check_reference(self.reference_free, ref_logps)
         num_pairs, num_groups = policy_logps.shape[0] // 2, self.group_weights.num_groups
-        validation.check_group_ids(group_ids, num_pairs, num_groups, policy_logps.device)
         beta = self.beta if beta is None else beta
+        self._check_pairs(num_pairs, policy_logps.device, group_ids, ref_logps, beta, margin, weights)
         losses = preference_losses(
             policy_logps,
             ref_logps,
@@ -93,6 +94,24 @@ class _GroupRobustLossBase(nn.Module):
             chosen_rewards=beta * ratios[:num_pairs],
             rejected_rewards=beta * ratios[num_pairs:],
         )
+
+    def _check_pairs(
+        self,
+        num_pairs: int,
+        device: torch.device,
+        group_ids: Tensor,
+        ref_logps: Tensor | None,
+        beta: float | Tensor,
+        margin: Tensor | None,
+        weights: Tensor | None,
+    ) -> None:
+        validation.check_reference(self.reference_free, ref_logps)
+        validation.check_ref_logps(ref_logps, 2 * num_pairs, device)
+        validation.check_group_ids(group_ids, num_pairs, self.group_weights.num_groups, device)
+        validation.check_beta(beta, num_pairs, device)
+        for name, value in (("margin", margin), ("weights", weights)):
+            if value is not None:
+                validation.check_pair_vector(name, value, num_pairs, device)
 
     def extra_repr(self) -> str:
         return (
@@ -175,7 +194,15 @@ class GroupRobustLoss(_GroupRobustLossBase):
             ref_logps: (2B,) log-probabilities under the reference policy, without gradient.
             beta, margin, weights: per-pair overrides as in `preference_losses`.
         """
-        validation.check_pair_batch(_num_sequences(logits, cu_seqlens))
+        num_sequences = _num_sequences(logits, cu_seqlens)
+        validation.check_pair_batch(num_sequences)
+        request = dispatch.Request("logits", tuple(logits.shape), logits.dtype, logits.device)
+        entry = dispatch.select(self.backend, request)
+        if entry.fuses_loss:
+            beta = self.beta if beta is None else beta
+            self._check_pairs(num_sequences // 2, logits.device, group_ids, ref_logps, beta, margin, weights)
+            arguments = (logits, labels, group_ids, ref_logps, cu_seqlens, beta, margin, weights)
+            return self._fused(entry.name, *arguments)
         logps = sequence_logps(
             logits,
             labels,
@@ -187,6 +214,69 @@ class GroupRobustLoss(_GroupRobustLossBase):
             backend=self.backend,
         )
         return self.from_logps(logps, group_ids, ref_logps, beta=beta, margin=margin, weights=weights)
+
+    def _fused(
+        self,
+        backend: str,
+        logits: Tensor,
+        labels: Tensor,
+        group_ids: Tensor,
+        ref_logps: Tensor | None,
+        cu_seqlens: Tensor | None,
+        beta: float | Tensor,
+        margin: Tensor | None,
+        weights: Tensor | None,
+    ) -> GroupRobustOutput:
+        """`from_logps` of `sequence_logps` in one operator; pairs are checked already."""
+        validation.check_rows_and_labels("logits", logits, labels, cu_seqlens, self.ignore_index, logits.shape[-1])
+        if self.shift_labels:
+            labels = shifted_labels(labels, cu_seqlens, self.ignore_index)
+        of_groups = self.group_weights
+        update = of_groups.update_of_forward()
+        loss, sequences, pairs, groups, counts = FusedGroupRobustLoss.apply(
+            self.inplace_backward,
+            backend,
+            self.ignore_index,
+            logits,
+            labels,
+            cu_seqlens,
+            ref_logps,
+            group_ids,
+            beta if isinstance(beta, Tensor) else None,
+            margin,
+            weights,
+            of_groups.log_alpha,
+            of_groups.group_sizes,
+            of_groups.pending_sums,
+            of_groups.pending_counts,
+            of_groups.skipped_updates,
+            0.0 if isinstance(beta, Tensor) else float(beta),
+            self.loss_type,
+            self.label_smoothing,
+            self.average_log_prob,
+            self.ignore_index,
+            of_groups.estimator,
+            of_groups.step_size,
+            of_groups.adjustment,
+            of_groups.floor,
+            of_groups.chi,
+            "none" if update == "recomputed" else update,
+            backend,
+        )
+        of_groups.after_forward(update, groups[tables.SUMS].detach(), counts)
+        num_pairs = pairs.shape[1]
+        rewards = sequences[tables.REWARDS].detach()
+        return GroupRobustOutput(
+            loss=loss,
+            pair_losses=pairs[tables.PAIR_LOSSES],
+            group_losses=groups[tables.GROUP_LOSSES],
+            group_counts=counts,
+            alpha=groups[tables.ALPHA].detach(),
+            chosen_logps=sequences[tables.LOGPS, :num_pairs],
+            rejected_logps=sequences[tables.LOGPS, num_pairs:],
+            chosen_rewards=rewards[:num_pairs],
+            rejected_rewards=rewards[num_pairs:],
+        )
 
 
 class LinearGroupRobustLoss(_GroupRobustLossBase):

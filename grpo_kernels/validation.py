@@ -61,6 +61,11 @@ def check_float_tensor(name: str, value: Any) -> None:
         raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {value.dtype}")
 
 
+def _check_device(name: str, value: Tensor, device: torch.device) -> None:
+    if value.device != device:
+        raise ValueError(f"{name} must be on the log-probabilities' device {device}, got {value.device}")
+
+
 def check_same_device(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
     if value.device != other.device:
         raise ValueError(f"{name} must be on {other_name}'s device {other.device}, got {value.device}")
@@ -135,20 +140,22 @@ def check_loss_options(loss_type: str, label_smoothing: float, loss_types: dict[
         raise ValueError(f"label_smoothing has no meaning for loss_type={loss_type!r}, got {label_smoothing}")
 
 
-def check_beta(beta: Any, num_pairs: int | None = None) -> None:
+def check_beta(beta: Any, num_pairs: int | None = None, device: torch.device | None = None) -> None:
     """A positive finite number, or one for each pair. A tensor's values are checked in debug mode."""
     if not isinstance(beta, Tensor):
         return check_number("beta", beta, 0.0, open_low=True)
-    check_pair_vector("beta", beta, num_pairs)
+    check_pair_vector("beta", beta, num_pairs, device)
     if debug_checks_on() and not bool((beta > 0).all()):
         raise ValueError(f"beta must be positive for each pair, got {beta.min().item()}")
 
 
-def check_pair_vector(name: str, value: Any, num_pairs: int | None) -> None:
+def check_pair_vector(name: str, value: Any, num_pairs: int | None, device: torch.device | None = None) -> None:
     check_float_tensor(name, value)
     if value.dim() != 1 or (num_pairs is not None and value.shape[0] != num_pairs):
         want = "B" if num_pairs is None else num_pairs
         raise ValueError(f"{name} must have shape ({want},), one for each pair, got {tuple(value.shape)}")
+    if device is not None:
+        _check_device(name, value, device)
     if value.requires_grad:
         raise ValueError(f"{name} is a constant of the loss: pass {name}.detach()")
 
@@ -160,15 +167,20 @@ def check_logps(policy_logps: Tensor, ref_logps: Tensor | None) -> None:
             "policy_logps must have shape (2B,), the B chosen sequences first and then the B rejected, "
             f"got {tuple(policy_logps.shape)}"
         )
-    if ref_logps is not None:
-        check_float_tensor("ref_logps", ref_logps)
-        if ref_logps.shape != policy_logps.shape:
-            raise ValueError(
-                f"ref_logps must have policy_logps' shape {tuple(policy_logps.shape)}, got {tuple(ref_logps.shape)}"
-            )
-        check_same_device("ref_logps", ref_logps, "policy_logps", policy_logps)
-        if ref_logps.requires_grad:
-            raise ValueError("ref_logps is a constant of the loss: compute it under torch.no_grad() or detach it")
+    check_ref_logps(ref_logps, policy_logps.shape[0], policy_logps.device)
+
+
+def check_ref_logps(ref_logps: Tensor | None, num_sequences: int, device: torch.device) -> None:
+    if ref_logps is None:
+        return
+    check_float_tensor("ref_logps", ref_logps)
+    if ref_logps.shape != (num_sequences,):
+        raise ValueError(
+            f"ref_logps must have shape ({num_sequences},), one for each sequence, got {tuple(ref_logps.shape)}"
+        )
+    _check_device("ref_logps", ref_logps, device)
+    if ref_logps.requires_grad:
+        raise ValueError("ref_logps is a constant of the loss: compute it under torch.no_grad() or detach it")
 
 
 def check_reference(reference_free: bool, ref_logps: Tensor | None) -> None:
@@ -186,8 +198,7 @@ def check_group_ids(group_ids: Tensor, num_pairs: int, num_groups: int, device: 
         raise ValueError(
             f"group_ids must have shape ({num_pairs},), one id for each pair, got {tuple(group_ids.shape)}"
         )
-    if group_ids.device != device:
-        raise ValueError(f"group_ids must be on the log-probabilities' device {device}, got {group_ids.device}")
+    _check_device("group_ids", group_ids, device)
     if debug_checks_on():
         bad = (group_ids < 0) | (group_ids >= num_groups)
         if bad.any():

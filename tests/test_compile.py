@@ -13,6 +13,24 @@ OPS = torch.ops.grpo_kernels
 CHECKS = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
 
 
+def fused_calls() -> dict[str, tuple]:
+    logits, labels = batch(num_pairs=4, dtype=torch.float32)
+    logits = logits.detach()
+    state = gk.GroupWeights(group_sizes=[60, 35, 5], step_size=0.3)
+    buffers = (state.log_alpha, state.group_sizes, state.pending_sums, state.pending_counts, state.skipped_updates)
+    options = (0.1, "sigmoid", 0.0, True, -100, "importance", 0.3, 0.0, 0.0, 1.0, "inline", "triton")
+    forward = (logits, labels, None, torch.randn(8), IDS, None, None, None, *buffers, *options)
+    _, sequences, pairs, _, _, lse, row_sequence = OPS.group_robust_loss(*forward)
+    saved = (labels, lse, row_sequence, sequences, pairs, IDS, -100, False, "triton")
+    upstream = (torch.tensor(2.0), torch.randn(4, 8), torch.randn(3, 4), torch.randn(5, 3, dtype=torch.float64))
+    return {
+        "group_robust_loss": forward,
+        "group_robust_loss_backward": (*upstream, logits, *saved),
+        "group_robust_loss_backward:loss_only": (upstream[0], None, None, None, logits, *saved),
+        "group_robust_loss_backward_": (*upstream, logits.clone(), *saved),
+    }
+
+
 def operator_calls() -> dict[str, tuple]:
     logits, labels = batch(dtype=torch.float32)
     logits = logits.detach()
@@ -28,6 +46,7 @@ def operator_calls() -> dict[str, tuple]:
         "linear_token_logps": (hidden, weight, bias, labels, -100, "torch"),
         "linear_token_logps_backward": (*linear, [True, True, True], "torch"),
         "linear_token_logps_backward:frozen": (*linear, [True, False, False], "torch"),
+        **(fused_calls() if not gk.backends()["triton"] and not torch.cuda.is_available() else {}),
     }
 
 
@@ -39,10 +58,14 @@ def test_opcheck(name: str) -> None:
 
 @pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
 @pytest.mark.parametrize("inplace", [False, True])
-def test_fullgraph(compiler: str, inplace: bool) -> None:
+def test_fullgraph(backend: str, compiler: str, inplace: bool) -> None:
+    if backend == "reference":
+        pytest.skip("plain PyTorch: nothing of ours is compiled")
+    torch.compiler.reset()
+
     def make() -> gk.GroupRobustLoss:
         weights = gk.GroupWeights(group_sizes=[60, 35, 5], step_size=0.3)
-        return gk.GroupRobustLoss(weights, inplace_backward=inplace, backend="torch")
+        return gk.GroupRobustLoss(weights, inplace_backward=inplace, backend=backend)
 
     eager, loss_fn = make(), make()
     compiled = torch.compile(loss_fn, fullgraph=True, backend=compiler)

@@ -1,4 +1,4 @@
-"""What every optimised backend implements. A new backend is one module with these two functions.
+"""What every optimised backend implements. A new backend is one module with the two functions of KernelBackend.
 
 Rows are the positions of a batch in any layout: logits (..., V) come with labels (...), already aligned with them.
 A row whose label is ``ignore_index`` is never read: its token_logps, lse and gradient are 0. A row whose label is
@@ -7,9 +7,11 @@ outside [0, V) reads nothing out of bounds: its token_logps, lse and gradient ar
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
+
+from grpo_kernels.kernels.group_robust import GroupRobustTables
 
 
 class KernelBackend(Protocol):
@@ -25,4 +27,43 @@ class KernelBackend(Protocol):
         self, dtoken_logps: Tensor, logits: Tensor, labels: Tensor, lse: Tensor, ignore_index: int, out: Tensor
     ) -> None:
         """Write d/dlogits = dtoken_logps * (onehot(label) - softmax(logits)) into ``out``, which may be ``logits``."""
+        ...
+
+
+class FusedKernelBackend(Protocol):
+    """A backend that computes the whole of GroupRobustLoss in one launch each way."""
+
+    def group_robust_forward(
+        self,
+        logits: Tensor,
+        labels: Tensor,
+        cu_seqlens: Tensor | None,
+        ref_logps: Tensor | None,
+        group_ids: Tensor,
+        beta: float | Tensor,
+        margin: Tensor | None,
+        weights: Tensor | None,
+        log_alpha: Tensor,
+        group_sizes: Tensor | None,
+        pending_sums: Tensor,
+        pending_counts: Tensor,
+        skipped_updates: Tensor,
+        **options: Any,
+    ) -> GroupRobustTables:
+        """The options are GroupRobustLoss's and GroupWeights', by name; ``update`` is "inline", "lagged" or "none"."""
+        ...
+
+    def token_logps_backward(
+        self,
+        dtoken_logps: Tensor,
+        logits: Tensor,
+        labels: Tensor,
+        lse: Tensor,
+        ignore_index: int,
+        out: Tensor,
+        factor: Tensor | None = None,
+        row_sequence: Tensor | None = None,
+    ) -> None:
+        """As in `KernelBackend`; ``factor`` (0-d) multiplies every dtoken_logps. With ``row_sequence`` (rows,),
+        dtoken_logps is (S,), one for each sequence of packed rows."""
         ...

@@ -18,6 +18,22 @@ from typing import Any
 CAPABILITIES = (80, 90, 100)
 SHARED_MEMORY_LIMIT = {80: 166_912, 90: 232_448, 100: 232_448}  # bytes a block may use
 POINTER = {"bfloat16": "*bf16", "float16": "*fp16", "float32": "*fp32", "float64": "*fp64"}
+LOGITS = ("logits_ptr", "out_ptr")
+INT64 = (
+    "labels_ptr",
+    "counts_ptr",
+    "cu_seqlens_ptr",
+    "group_ids_ptr",
+    "sizes_ptr",
+    "pending_counts_ptr",
+    "skipped_ptr",
+)
+FLOAT64 = ("logps_ptr", "group_ptr", "log_alpha_ptr", "pending_sums_ptr")
+POINTERS = {
+    **dict.fromkeys(INT64, "*i64"),
+    **dict.fromkeys(FLOAT64, "*fp64"),
+    **dict.fromkeys(("tickets_ptr", "row_sequence_ptr"), "*i32"),
+}
 ITEMSIZE = {"bfloat16": 2, "float16": 2, "float32": 4, "float64": 8}
 
 
@@ -53,6 +69,10 @@ def variants() -> Iterator[Variant]:
             yield Variant("_logps_bwd_kernel", dtype, aligned)
     yield Variant("_logps_fwd_kernel", "bfloat16", True, splits=8)
     yield Variant("_merge_splits_kernel", "bfloat16", True, splits=8)
+    for aligned in (True, False):
+        yield Variant("_group_robust_fwd_kernel", "bfloat16", aligned)
+    yield Variant("_group_robust_fwd_kernel", "float32", True)
+    yield Variant("_group_robust_fwd_kernel", "bfloat16", True, splits=8)
 
 
 def compile_variant(variant: Variant, capability: int) -> Compiled:
@@ -66,9 +86,9 @@ def compile_variant(variant: Variant, capability: int) -> Compiled:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from grpo_kernels.kernels.triton import logps
+    from grpo_kernels.kernels.triton import group_robust, logps
 
-    kernel = getattr(logps, variant.kernel)
+    kernel = getattr(group_robust if "group_robust" in variant.kernel else logps, variant.kernel)
     signature, constants, options = _specialisation(variant, kernel.arg_names)
     names = list(signature)
     compiled = triton.compile(
@@ -90,7 +110,7 @@ def _specialisation(variant: Variant, names: list[str]) -> tuple[dict[str, str],
     """(signature, constants, options) as a launch of the kernel on contiguous logits would have them."""
     import triton.language as tl
 
-    from grpo_kernels.kernels.triton import logps, tiles
+    from grpo_kernels.kernels.triton import group_robust, logps, tiles
 
     itemsize = ITEMSIZE[variant.dtype]
     tile = tiles.TILES["backward" if "bwd" in variant.kernel else "forward", itemsize]
@@ -101,19 +121,22 @@ def _specialisation(variant: Variant, names: list[str]) -> tuple[dict[str, str],
         "SPLITS": variant.splits,
         "ALIGN": 1 if variant.aligned else logps.BYTES_A_LOAD // itemsize,
         "ACC": tl.float64 if variant.dtype == "float64" else tl.float32,
-        "ROWS": logps.MERGE_ROWS,
+        "MERGED_ROWS": logps.MERGED_ROWS,
+        "HAS_FACTOR": True,
+        # The fused forward with everything that a user may ask for at once.
+        **dict.fromkeys(("ROWS", "PAIRS", "ALPHA", "PACKED", "AVERAGE", "IMPORTANCE"), True),
+        **dict.fromkeys(("HAS_REF", "HAS_BETA", "HAS_MARGIN", "HAS_WEIGHTS"), True),
+        **{"LOSS": "sigmoid", "ADJUSTMENT": 1.0, "FLOOR": 0.1, "CHI": 0.5, "UPDATE": "inline"},
+        **{name: getattr(group_robust, name) for name in ("BLOCK_T", "BLOCK_B", "BLOCK_J", "BLOCK_K")},
     }
-    logits = {"logits_ptr", "out_ptr"}
     signature = {}
     for name in names:
         if name in values:
             signature[name] = "constexpr"
-        elif name == "labels_ptr":
-            signature[name] = "*i64"
         elif name.endswith("_ptr"):
-            signature[name] = POINTER[variant.dtype if name in logits else "float32"]
+            signature[name] = POINTERS.get(name) or POINTER[variant.dtype if name in LOGITS else "float32"]
         else:
-            signature[name] = "i32"
+            signature[name] = "fp32" if name.endswith(("_high", "_low")) else "i32"
     num_warps = 4 if variant.kernel == "_merge_splits_kernel" else tile.num_warps
     return signature, {name: values[name] for name in names if name in values}, {"num_warps": num_warps}
 

@@ -16,9 +16,9 @@ class Tile:
 
 # (pass, bytes per logit) -> tile. A thread loads 16 bytes at a time, so a warp covers 512 bytes.
 TILES: dict[tuple[str, int], Tile] = {
-    ("forward", 2): Tile(block=4096, num_warps=8, measured="not measured yet"),
-    ("forward", 4): Tile(block=2048, num_warps=8, measured="not measured yet"),
-    ("forward", 8): Tile(block=1024, num_warps=8, measured="not measured yet"),
+    ("forward", 2): Tile(block=8192, num_warps=8, measured="not measured yet"),
+    ("forward", 4): Tile(block=4096, num_warps=8, measured="not measured yet"),
+    ("forward", 8): Tile(block=2048, num_warps=8, measured="not measured yet"),
     ("backward", 2): Tile(block=4096, num_warps=8, measured="not measured yet"),
     ("backward", 4): Tile(block=2048, num_warps=8, measured="not measured yet"),
     ("backward", 8): Tile(block=1024, num_warps=8, measured="not measured yet"),

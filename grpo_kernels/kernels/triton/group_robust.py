@@ -1,0 +1,349 @@
+"""The whole forward of GroupRobustLoss in one launch: rows, then sequences, then the loss.
+
+Each program reads one row of logits (or a split of it) and takes a ticket of its sequence; the last one to arrive adds
+up the sequence's token_logps. Then each takes a ticket of the launch; the last one does what finish.py describes.
+Tickets are integers and sums are taken in a fixed order, so the result is the same from run to run.
+
+Traffic: one read of the logits of counted rows; 12 bytes a row of workspace; O(sequences + groups) at the end.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from grpo_kernels.kernels.group_robust import GroupRobustTables
+from grpo_kernels.kernels.rows import accumulation_dtype
+from grpo_kernels.kernels.triton.finish import alpha_loss_and_coefficients, pairs_and_group_sums, split_number
+from grpo_kernels.kernels.triton.logps import (
+    alignment,
+    device_of,
+    merge_rows,
+    multiprocessors,
+    positions,
+    row_offset,
+    scan_row,
+    store_ignored_row,
+    store_partial,
+    store_row,
+    strides_of,
+)
+from grpo_kernels.kernels.triton.tiles import row_splits, tile_for
+
+# Blocks of the finishing program: an element a thread, so that it needs few registers: they are those of every program.
+BLOCK_T = 128  # 256 spills on sm_100
+BLOCK_B = 256
+BLOCK_J = 2
+BLOCK_K = 256
+# With more groups, the finish is a second launch of one program with wider blocks. Not measured yet.
+FUSED_GROUPS = 4096
+WIDE_BLOCK_K = 4096
+
+
+@triton.jit
+def _sequence_of(row, cu_seqlens_ptr, S):
+    """The last s with cu_seqlens[s] <= row; always in [0, S)."""
+    low = tl.zeros((), tl.int32)
+    high = low + S
+    while high - low > 1:
+        middle = (low + high) // 2
+        below = tl.load(cu_seqlens_ptr + middle).to(tl.int64) <= row
+        low = tl.where(below, middle, low)
+        high = tl.where(below, high, middle)
+    return low
+
+
+@triton.jit
+def _finish_sequence(
+    logits_ptr,
+    labels_ptr,
+    token_logps_ptr,
+    lse_ptr,
+    partial_ptr,
+    logps_ptr,
+    sequence,
+    begin,
+    end,
+    num_rows,
+    T,
+    V,
+    S,
+    stride_s,
+    stride_t,
+    stride_v,
+    ignore_index,
+    SPLITS: tl.constexpr,
+    ACC: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+):
+    """Sum of token_logps and count of tokens over rows begin:end, in float64; merges the splits of rows first."""
+    total = tl.zeros((BLOCK_T,), tl.float64)
+    count = tl.zeros((BLOCK_T,), tl.int32)
+    for first in range(begin, end, BLOCK_T):
+        rows = first + tl.arange(0, BLOCK_T)
+        inside = rows < end
+        if SPLITS == 1:
+            token_logps = tl.load(token_logps_ptr + rows, inside, other=0.0, cache_modifier=".cg")
+        else:
+            token_logps = merge_rows(
+                logits_ptr, labels_ptr, token_logps_ptr, lse_ptr, partial_ptr, rows, inside, num_rows, T, V,
+                stride_s, stride_t, stride_v, ignore_index, SPLITS, ACC,
+            )  # fmt: skip
+        total += tl.where(inside, token_logps, 0.0).to(tl.float64)
+        label = tl.load(labels_ptr + rows, inside, other=0)
+        count += (inside & (label != ignore_index)).to(tl.int32)
+    tl.store(logps_ptr + sequence, tl.sum(total, 0))
+    tl.store(logps_ptr + S + sequence, tl.sum(count, 0).to(tl.float64))
+
+
+@triton.jit(do_not_specialize=["num_rows", "T", "S", "K"])
+def _group_robust_fwd_kernel(
+    logits_ptr,
+    labels_ptr,
+    cu_seqlens_ptr,  # (S + 1,) when PACKED
+    token_logps_ptr,
+    lse_ptr,  # (rows, 2)
+    partial_ptr,  # (2, rows, SPLITS) when SPLITS > 1
+    row_sequence_ptr,  # (rows,) when PACKED
+    tickets_ptr,  # (S + 1,) zeros: one for each sequence, then that of the launch
+    logps_ptr,  # (2, S) float64
+    sequence_ptr,  # (4, S)
+    pair_ptr,  # (3, B)
+    group_ptr,  # (5, K) float64
+    counts_ptr,  # (K,)
+    loss_ptr,
+    ref_ptr,
+    group_ids_ptr,
+    beta_ptr,
+    margin_ptr,
+    weights_ptr,
+    log_alpha_ptr,
+    sizes_ptr,
+    pending_sums_ptr,
+    pending_counts_ptr,
+    skipped_ptr,
+    num_rows,
+    T,
+    V,
+    S,
+    K,
+    stride_s,
+    stride_t,
+    stride_v,
+    ignore_index,
+    beta_high,
+    beta_low,
+    e_high,
+    e_low,
+    step_high,
+    step_low,
+    ROWS: tl.constexpr,
+    PAIRS: tl.constexpr,
+    ALPHA: tl.constexpr,
+    PACKED: tl.constexpr,
+    BLOCK: tl.constexpr,
+    SPLITS: tl.constexpr,
+    ALIGN: tl.constexpr,
+    ACC: tl.constexpr,
+    LOSS: tl.constexpr,
+    AVERAGE: tl.constexpr,
+    HAS_REF: tl.constexpr,
+    HAS_BETA: tl.constexpr,
+    HAS_MARGIN: tl.constexpr,
+    HAS_WEIGHTS: tl.constexpr,
+    IMPORTANCE: tl.constexpr,
+    ADJUSTMENT: tl.constexpr,
+    FLOOR: tl.constexpr,
+    CHI: tl.constexpr,
+    UPDATE: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_J: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Stages ROWS (a program for each row and split), PAIRS and ALPHA (the last of those, or one program alone)."""
+    is_last = True
+    if ROWS:
+        row = tl.program_id(0).to(tl.int64)
+        split = tl.program_id(1)
+        if PACKED:
+            sequence = _sequence_of(row, cu_seqlens_ptr, S)
+            begin = tl.load(cu_seqlens_ptr + sequence).to(tl.int64)
+            end = tl.load(cu_seqlens_ptr + sequence + 1).to(tl.int64)
+            if split == 0:
+                tl.store(row_sequence_ptr + row, sequence)
+        else:
+            sequence = (row // T).to(tl.int32)
+            begin = (row // T) * T
+            end = begin + T
+        label = tl.load(labels_ptr + row)
+        if label != ignore_index:
+            start = row_offset(row, T, stride_s, stride_t)
+            row_max, row_sum = scan_row(logits_ptr, start, split, V, stride_v, BLOCK, SPLITS, ALIGN, ACC)
+            if SPLITS == 1:
+                store_row(logits_ptr, token_logps_ptr, lse_ptr, row, start, stride_v, V, label, row_max, row_sum, ACC)
+            else:
+                store_partial(partial_ptr, num_rows, row, split, row_max, row_sum, SPLITS)
+        elif split == 0:
+            store_ignored_row(token_logps_ptr, lse_ptr, row)
+
+        # Each program's stores come before its ticket (release), the finisher's loads after it (acquire). The barriers
+        # keep the block's other threads on the right side of the one that takes the ticket.
+        tl.debug_barrier()
+        arrived = tl.atomic_add(tickets_ptr + sequence, 1, sem="acq_rel", scope="gpu")
+        tl.debug_barrier()
+        if arrived == (end - begin) * SPLITS - 1:
+            _finish_sequence(
+                logits_ptr, labels_ptr, token_logps_ptr, lse_ptr, partial_ptr, logps_ptr, sequence, begin, end,
+                num_rows, T, V, S, stride_s, stride_t, stride_v, ignore_index, SPLITS, ACC, BLOCK_T,
+            )  # fmt: skip
+        tl.debug_barrier()
+        is_last = tl.atomic_add(tickets_ptr + S, 1, sem="acq_rel", scope="gpu") == num_rows.to(tl.int64) * SPLITS - 1
+        tl.debug_barrier()
+    if is_last:
+        if PAIRS:
+            pairs_and_group_sums(
+                logps_ptr, sequence_ptr, pair_ptr, group_ptr, counts_ptr, ref_ptr, group_ids_ptr, beta_ptr, margin_ptr,
+                weights_ptr, beta_high, beta_low, e_high, e_low, S, K, LOSS, AVERAGE, HAS_REF, HAS_BETA, HAS_MARGIN,
+                HAS_WEIGHTS, BLOCK_B, BLOCK_J, BLOCK_K,
+            )  # fmt: skip
+        if ALPHA:
+            alpha_loss_and_coefficients(
+                logps_ptr, sequence_ptr, pair_ptr, group_ptr, counts_ptr, loss_ptr, group_ids_ptr, log_alpha_ptr,
+                sizes_ptr, pending_sums_ptr, pending_counts_ptr, skipped_ptr, step_high, step_low, S, K, AVERAGE,
+                IMPORTANCE, ADJUSTMENT, FLOOR, CHI, UPDATE, BLOCK_B, BLOCK_K,
+            )  # fmt: skip
+
+
+def group_robust_forward(
+    logits: Tensor,
+    labels: Tensor,
+    cu_seqlens: Tensor | None,
+    ref_logps: Tensor | None,
+    group_ids: Tensor,
+    beta: float | Tensor,
+    margin: Tensor | None,
+    weights: Tensor | None,
+    log_alpha: Tensor,
+    group_sizes: Tensor | None,
+    pending_sums: Tensor,
+    pending_counts: Tensor,
+    skipped_updates: Tensor,
+    *,
+    loss_type: str,
+    label_smoothing: float,
+    average: bool,
+    ignore_index: int,
+    estimator: str,
+    step_size: float,
+    adjustment: float,
+    floor: float,
+    chi: float,
+    update: str,
+    splits: int | None = None,
+) -> GroupRobustTables:
+    """Everything after the logits. ``update``, "inline", "lagged" or "none": what becomes of the GroupWeights' buffers.
+
+    ``splits``: programs a row, by the table where None.
+    """
+    num_sequences = labels.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    num_pairs, num_groups = num_sequences // 2, log_alpha.shape[0]
+    num_rows, vocab_size = labels.numel(), logits.shape[-1]
+    device, acc = logits.device, accumulation_dtype(logits)
+    tile = tile_for("forward", logits.itemsize, vocab_size)
+    if splits is None:
+        splits = row_splits(num_rows, vocab_size, tile.block, multiprocessors(device))
+
+    def table(*shape: int, dtype: torch.dtype = acc) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=device)
+
+    tables = GroupRobustTables(
+        loss=table(),
+        sequences=table(4, num_sequences),
+        pairs=table(3, num_pairs),
+        groups=table(5, num_groups, dtype=torch.float64),
+        counts=table(num_groups, dtype=torch.int64),
+        lse=table(*labels.shape, 2),
+        row_sequence=table(0 if cu_seqlens is None else num_rows, dtype=torch.int32),
+    )
+    token_logps = table(num_rows)
+    partial = table(2 * num_rows * splits) if splits > 1 else token_logps
+    # Zeros in their own right: sequences without rows have no program that writes theirs.
+    logps = torch.zeros(2, num_sequences, dtype=torch.float64, device=device)
+    tickets = torch.zeros(num_sequences + 1, dtype=torch.int32, device=device)
+
+    def pointer(tensor: Tensor | None) -> Tensor:
+        return logps if tensor is None else tensor.contiguous()  # an unused pointer must point somewhere
+
+    betas, beta = (beta, 0.0) if isinstance(beta, Tensor) else (None, beta)
+    arguments: dict[str, Any] = {
+        "logits_ptr": logits,
+        "labels_ptr": labels.contiguous(),
+        "cu_seqlens_ptr": pointer(cu_seqlens),
+        "token_logps_ptr": token_logps,
+        "lse_ptr": tables.lse,
+        "partial_ptr": partial,
+        "row_sequence_ptr": tables.row_sequence,
+        "tickets_ptr": tickets,
+        "logps_ptr": logps,
+        "sequence_ptr": tables.sequences,
+        "pair_ptr": tables.pairs,
+        "group_ptr": tables.groups,
+        "counts_ptr": tables.counts,
+        "loss_ptr": tables.loss,
+        "ref_ptr": pointer(ref_logps),
+        "group_ids_ptr": group_ids.contiguous(),
+        "beta_ptr": pointer(betas),
+        "margin_ptr": pointer(margin),
+        "weights_ptr": pointer(weights),
+        "log_alpha_ptr": log_alpha,
+        "sizes_ptr": tables.counts if group_sizes is None else group_sizes,
+        "pending_sums_ptr": pending_sums,
+        "pending_counts_ptr": pending_counts,
+        "skipped_ptr": skipped_updates,
+        "num_rows": num_rows,
+        "T": positions(logits),
+        "V": vocab_size,
+        "S": num_sequences,
+        "K": num_groups,
+        **dict(zip(("stride_s", "stride_t", "stride_v"), strides_of(logits), strict=True)),
+        "ignore_index": ignore_index,
+    }
+    for name, value in (("beta", beta), ("e", label_smoothing), ("step", step_size)):
+        arguments[f"{name}_high"], arguments[f"{name}_low"] = split_number(value)
+    options = {
+        "PACKED": cu_seqlens is not None,
+        "BLOCK": tile.block,
+        "SPLITS": splits,
+        "ALIGN": alignment(logits),
+        "ACC": tl.float64 if acc == torch.float64 else tl.float32,
+        "LOSS": loss_type,
+        "AVERAGE": average,
+        "HAS_REF": ref_logps is not None,
+        "HAS_BETA": betas is not None,
+        "HAS_MARGIN": margin is not None,
+        "HAS_WEIGHTS": weights is not None,
+        "IMPORTANCE": estimator == "importance",
+        "ADJUSTMENT": adjustment,
+        "FLOOR": floor,
+        "CHI": chi,
+        "UPDATE": update,
+        "BLOCK_T": BLOCK_T,
+        "BLOCK_B": BLOCK_B,
+        "BLOCK_J": BLOCK_J,
+        "num_warps": tile.num_warps,
+    }
+    fused = num_rows > 0 and num_groups <= FUSED_GROUPS
+    with device_of(logits):
+        if num_rows > 0:
+            _group_robust_fwd_kernel[(num_rows, splits)](
+                **arguments, **options, ROWS=True, PAIRS=fused, ALPHA=fused, BLOCK_K=BLOCK_K
+            )
+        if not fused:
+            wide = BLOCK_K if num_groups <= FUSED_GROUPS else WIDE_BLOCK_K
+            _group_robust_fwd_kernel[(1,)](**arguments, **options, ROWS=False, PAIRS=True, ALPHA=True, BLOCK_K=wide)
+    return tables

@@ -1,0 +1,388 @@
+"""The Triton kernels beyond what every backend is tested for: splits, alignments, the fused forward, compilation.
+
+Without a GPU they run in Triton's interpreter. There programs run one after another, so these tests see wrong
+arithmetic and wrong tickets, but no races.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch.nn.functional as F
+import truth
+from conftest import batch
+
+import grpo_kernels as gk
+
+if gk.backends()["triton"]:
+    pytest.skip("; ".join(gk.backends()["triton"]), allow_module_level=True)
+
+from grpo_kernels.kernels import group_robust as tables
+from grpo_kernels.kernels.triton import group_robust, logps, tiles
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+IDS = torch.tensor([1, 0, 2, 1])
+SIZES = [60, 35, 5]
+
+
+FORWARD_OPTIONS = {
+    "loss_type": "sigmoid",
+    "label_smoothing": 0.0,
+    "average": False,
+    "ignore_index": -100,
+    "estimator": "importance",
+    "step_size": 0.3,
+    "adjustment": 0.0,
+    "floor": 0.0,
+    "chi": 1.0,
+    "update": "inline",
+}
+
+
+@pytest.fixture(autouse=True)
+def _poisoned() -> Iterator[None]:
+    """Every torch.empty is filled with NaN (or the largest integer): an output left unwritten shows."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiles of 128 columns, so that a small vocabulary takes several, and several splits."""
+    for key in tiles.TILES:
+        monkeypatch.setitem(tiles.TILES, key, tiles.Tile(128, 1, "for the tests"))
+
+
+def rows(vocab: int, dtype: torch.dtype, num_rows: int = 5) -> tuple[torch.Tensor, torch.Tensor]:
+    logits = (3 * torch.randn(num_rows, vocab)).to(dtype)
+    labels = torch.randint(0, vocab, (num_rows,))
+    labels[0], labels[1], labels[num_rows - 2] = vocab - 1, 0, -100
+    return logits.to(DEVICE), labels.to(DEVICE)
+
+
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize("vocab", [1, 2, 127, 128, 129, 255, 256, 257, 640, 1003])
+@pytest.mark.parametrize("splits", [1, 2, 3, 8])
+def test_any_vocabulary_and_splits(vocab: int, splits: int) -> None:
+    logits, labels = rows(vocab, torch.float32)
+    got, lse = logps.token_logps_forward(logits, labels, -100, splits=splits)
+    exact, slopes = truth.token_terms(logits.cpu(), labels.cpu())
+    torch.testing.assert_close(got.cpu().double(), exact, rtol=2e-6, atol=2e-6)
+    out = torch.full_like(logits, torch.nan)
+    upstream = torch.linspace(-1, 2, 5, device=DEVICE)
+    logps.token_logps_backward(upstream, logits, labels, lse, -100, out)
+    torch.testing.assert_close(out.cpu().double(), upstream.cpu().double()[:, None] * slopes, rtol=3e-6, atol=1e-7)
+
+
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("offset", [0, 1, 3, 8])
+@pytest.mark.parametrize("stride", [300, 301, 304])
+def test_rows_that_begin_anywhere(dtype: torch.dtype, offset: int, stride: int) -> None:
+    """Neighbours of a row hold huge numbers: reading one column too many would show, and writing one too."""
+    vocab = 290
+    storage = torch.full((offset + 5 * stride + 16,), 3e4, device=DEVICE).to(dtype)
+    view = storage.as_strided((5, vocab), (stride, 1), offset)
+    values, labels = rows(vocab, dtype)
+    view.copy_(values)
+    got, lse = logps.token_logps_forward(view, labels, -100)
+    exact, slopes = truth.token_terms(values.cpu(), labels.cpu())
+    torch.testing.assert_close(got.cpu().double(), exact, rtol=2e-6, atol=2e-6)
+    logps.token_logps_backward(torch.ones(5, device=DEVICE), view, labels, lse, -100, view)
+    tolerance = 2 * torch.finfo(dtype).eps
+    torch.testing.assert_close(view.cpu().double(), slopes, rtol=tolerance, atol=1e-6)
+    untouched = torch.ones_like(storage, dtype=torch.bool)
+    untouched.as_strided((5, vocab), (stride, 1), offset).fill_(False)
+    assert (storage[untouched] == torch.tensor(3e4).to(dtype)).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_label_dtypes_and_strided_labels(dtype: torch.dtype) -> None:
+    logits, labels = rows(40, torch.float32)
+    strided = labels.to(dtype).repeat_interleave(3)[::3]
+    expected, _ = logps.token_logps_forward(logits, labels, -100)
+    got, _ = logps.token_logps_forward(logits, strided, -100)
+    assert torch.equal(got, expected)
+
+
+class RecordedLaunches(list):
+    """Stands in for a kernel and notes the grids it would have been launched with."""
+
+    def __getitem__(self, grid):
+        return lambda *_, **__: self.append(grid)
+
+
+def test_grids_stay_within_the_limits_of_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    """T > 65535, more than 2**24 rows, more than 2**31 logits: x may go to 2**31 - 1, y to 65535."""
+    launches = RecordedLaunches()
+    for module, kernel in ((logps, "_logps_fwd_kernel"), (logps, "_logps_bwd_kernel"), (logps, "_merge_splits_kernel")):
+        monkeypatch.setattr(module, kernel, launches)
+    monkeypatch.setattr(group_robust, "_group_robust_fwd_kernel", launches)
+    for shape in ((2, 70_000, 128_256), (2, 2**23 + 1, 32_000), (2, 1, 10_000_000)):
+        logits = torch.empty(shape, dtype=torch.bfloat16, device="meta")
+        labels = torch.empty(shape[:2], dtype=torch.int64, device="meta")
+        _, lse = logps.token_logps_forward(logits, labels, -100)
+        logps.token_logps_backward(lse[..., 0], logits, labels, lse, -100, logits)
+        state = gk.GroupWeights(group_sizes=SIZES, step_size=0.3).to("meta")
+        buffers = (state.log_alpha, state.group_sizes, state.pending_sums, state.pending_counts, state.skipped_updates)
+        group_robust.group_robust_forward(
+            logits, labels, None, None, labels[:1, 0], 0.1, None, None, *buffers, **FORWARD_OPTIONS
+        )
+    assert len(launches) >= 9
+    for grid in launches:
+        assert grid[0] < 2**31
+        assert all(y <= 65_535 for y in grid[1:])
+
+
+# -- the fused forward -----------------------------------------------------------------------------------------------
+
+
+def loss_of(backend: str, loss_options: dict, **group_options) -> gk.GroupRobustLoss:
+    weights = gk.GroupWeights(**{"group_sizes": SIZES, "step_size": 0.3, **group_options})
+    return gk.GroupRobustLoss(weights, backend=backend, **loss_options).to(DEVICE)
+
+
+def assert_same_method(
+    loss_options: dict, group_options: dict, calls: list[tuple[tuple, dict]], splits: int = 1, tolerance: float = 1e-11
+) -> None:
+    """Fused and unfused give the same outputs, gradients and state in float64, call after call."""
+    fused, plain = loss_of("triton", loss_options, **group_options), loss_of("torch", loss_options, **group_options)
+    for (logits, *rest), options in calls:
+        leaves = [logits.detach().to(DEVICE).requires_grad_() for _ in range(2)]
+        rest = [x if x is None else x.to(DEVICE) for x in rest]
+        options = {name: x if isinstance(x, float) else x.to(DEVICE) for name, x in options.items()}
+        results = [m(leaf, *rest, **options) for m, leaf in zip((fused, plain), leaves, strict=True)]
+        for name, got, expected in zip(gk.GroupRobustOutput._fields, *results, strict=True):
+            assert got.dtype == expected.dtype, name
+            torch.testing.assert_close(got, expected, rtol=tolerance, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}")
+        totals = [
+            2 * out.loss
+            + (out.pair_losses * torch.linspace(1, 2, len(out.pair_losses), device=DEVICE)).sum()
+            + 3 * out.group_losses.square().sum()
+            + out.chosen_logps.sum() * 0.5
+            for out in results
+        ]
+        for wanted in (lambda r, t: r.loss, lambda r, t: t):
+            grads = [
+                torch.autograd.grad(wanted(r, t), leaf, retain_graph=True)[0]
+                for r, t, leaf in zip(results, totals, leaves, strict=True)
+            ]
+            torch.testing.assert_close(*grads, rtol=tolerance, atol=tolerance)
+        for name, buffer in fused.group_weights.named_buffers():
+            expected = dict(plain.group_weights.named_buffers())[name]
+            torch.testing.assert_close(
+                buffer, expected, rtol=tolerance, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}"
+            )
+
+
+def two_calls(**options) -> list[tuple[tuple, dict]]:
+    calls = []
+    for seed in (1, 2):
+        logits, labels = batch(num_pairs=4, length=4, vocab=37, seed=seed)
+        ref = torch.randn(8, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+        calls.append(((logits, labels, IDS, ref), options))
+    return calls
+
+
+@pytest.mark.parametrize(
+    "loss_options",
+    [
+        {"loss_type": "sigmoid", "label_smoothing": 0.1},
+        {"loss_type": "ipo", "average_log_prob": True},
+        {"loss_type": "hinge", "beta": 0.02},
+        {"loss_type": "robust", "label_smoothing": 0.2, "shift_labels": True},
+    ],
+    ids=lambda options: options["loss_type"],
+)
+@pytest.mark.parametrize("estimator", ["importance", "group_mean"])
+@pytest.mark.parametrize(
+    "group_options",
+    [{}, {"adjustment": 2.0}, {"floor": 0.2}, {"chi": 0.4}, {"update": "lagged"}, {"step_size": 0.0}],
+    ids=lambda options: next(iter(options), "plain"),
+)
+def test_fused_is_the_method(loss_options: dict, estimator: str, group_options: dict) -> None:
+    assert_same_method(loss_options, {"estimator": estimator, **group_options}, two_calls())
+
+
+def test_fused_with_vectors_for_each_pair() -> None:
+    vectors = {
+        "beta": torch.tensor([0.1, 0.2, 0.05, 1.0], dtype=torch.float64),
+        "margin": torch.tensor([0.0, 1.0, -2.0, 0.5]),
+        "weights": torch.tensor([1.0, 0.0, 2.0, 0.5], dtype=torch.float64),
+    }
+    assert_same_method({}, {}, two_calls(**vectors))
+    for name, vector in vectors.items():
+        assert_same_method({}, {}, two_calls(**{name: vector}))
+
+
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize("splits", [1, 4])
+@pytest.mark.parametrize("average", [False, True])
+def test_fused_packed_with_empty_sequences(splits: int, average: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(group_robust, "row_splits", lambda *_: splits)
+    monkeypatch.setattr(group_robust, "BLOCK_T", 4)  # sequences take several blocks
+    logits, labels = batch(num_pairs=4, length=4, vocab=400)
+    ends = torch.tensor([0, 0, 6, 7, 18, 18, 23, 32, 32])
+    call = ((logits.detach().flatten(0, 1), labels.flatten(), IDS, torch.zeros(8), ends), {})
+    assert_same_method({"average_log_prob": average}, {}, [call, call])
+
+
+@pytest.mark.parametrize("num_groups", [1, 255, 256, 257, 5000])
+@pytest.mark.parametrize("estimator", ["importance", "group_mean"])
+def test_fused_with_any_number_of_groups(num_groups: int, estimator: str) -> None:
+    sizes = torch.arange(1, num_groups + 1).tolist()
+    ids = torch.tensor([0, num_groups - 1, num_groups // 2, num_groups // 2])
+    calls = [((x, y, ids, ref), {}) for (x, y, _, ref), _ in two_calls()]
+    assert_same_method({}, {"group_sizes": sizes, "estimator": estimator, "floor": 0.1}, calls)
+
+
+def test_fused_with_many_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(group_robust, "BLOCK_B", 4)  # 9 pairs take several blocks
+    logits, labels = batch(num_pairs=9, vocab=5)
+    ids = torch.tensor([0, 2, 1, 0, 0, 2, 1, 1, 0])
+    assert_same_method({"reference_free": True}, {}, [((logits, labels, ids), {})])
+
+
+@pytest.mark.parametrize("shape", [(4, 0, 7), (0, 3, 7), (0, 0, 7)])
+def test_fused_without_rows(shape: tuple[int, int, int]) -> None:
+    logits, labels = torch.zeros(shape, dtype=torch.float64), torch.zeros(shape[:2], dtype=torch.int64)
+    call = ((logits, labels, IDS[: shape[0] // 2], torch.zeros(shape[0])), {})
+    assert_same_method({"reference_free": False}, {}, [call])
+
+
+def test_fused_bad_ids_and_labels_give_nan_and_keep_alpha() -> None:
+    logits, labels = batch(num_pairs=4)
+    for ids, bad_labels in (
+        (torch.tensor([0, 3, 1, 1]), labels),
+        (torch.tensor([0, -1, 1, 1]), labels),
+        (IDS, labels + 5),
+    ):
+        loss_fn = loss_of("triton", {"reference_free": True})
+        with pytest.warns(RuntimeWarning, match="not finite") if DEVICE == "cpu" else pytest.MonkeyPatch.context():
+            out = loss_fn(logits.detach().to(DEVICE), bad_labels.to(DEVICE), ids.to(DEVICE))
+        assert out.loss.isnan()
+        assert int(loss_fn.group_weights.skipped_updates) == 1
+        torch.testing.assert_close(loss_fn.group_weights.alpha.cpu(), torch.full((3,), 1 / 3, dtype=torch.float64))
+
+
+def test_tickets_survive_any_order_of_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last program to arrive finishes, whichever it is: the result is the same to the bit."""
+    if DEVICE != "cpu":
+        pytest.skip("the order of programs is the GPU's own")
+    from triton.runtime import interpreter
+
+    (logits, labels, ids, ref), _ = two_calls()[0]
+    logits = logits.detach().float()
+    results = []
+    for order in ("given", "reversed", "shuffled"):
+        loss_fn = loss_of("triton", {})
+        with monkeypatch.context() as patch:
+            if order != "given":
+                reorder_programs(patch, interpreter, order)
+            out = loss_fn(logits, labels, ids, ref)
+        results.append((out.loss, out.pair_losses, out.chosen_logps, out.alpha))
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def reorder_programs(patch: pytest.MonkeyPatch, interpreter, order: str) -> None:
+    builder = interpreter.interpreter_builder
+    original = builder.set_grid_idx
+    generator = torch.Generator().manual_seed(5)
+    maps: dict[int, list[int]] = {}
+
+    def reordered(x: int, y: int, z: int) -> None:
+        count = builder.grid_dim[0]
+        if count not in maps:
+            maps[count] = (
+                list(reversed(range(count)))
+                if order == "reversed"
+                else torch.randperm(count, generator=generator).tolist()
+            )
+        original(maps[count][x], y, z)
+
+    patch.setattr(builder, "set_grid_idx", reordered)
+
+
+def test_fused_inplace_backward_writes_over_the_logits() -> None:
+    logits, labels = batch(num_pairs=4)
+    grads = []
+    for inplace in (False, True):
+        base = (logits.detach() * 1).to(DEVICE).requires_grad_()
+        loss_fn = loss_of("triton", {"inplace_backward": inplace, "reference_free": True})
+        (grad,) = torch.autograd.grad(loss_fn(base, labels.to(DEVICE), IDS.to(DEVICE)).loss, base)
+        assert (grad.data_ptr() == base.data_ptr()) == inplace
+        grads.append(grad)
+    assert torch.equal(*grads)
+
+
+# -- compilation without a GPU -----------------------------------------------------------------------------------------
+
+
+def doctor(*flags: str) -> subprocess.CompletedProcess:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "grpo_kernels", "doctor", "--kernels", *flags]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+
+
+def test_kernels_compile_without_spills() -> None:
+    ran = doctor("--json")
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    report = json.loads(ran.stdout)
+    assert report["problems"] == []
+    kernels = report["kernels"]
+    assert {one["capability"] for one in kernels} == {80, 90, 100}
+    names = {one["variant"].split("[")[0] for one in kernels}
+    assert names == {"_logps_fwd_kernel", "_logps_bwd_kernel", "_merge_splits_kernel", "_group_robust_fwd_kernel"}
+    for one in kernels:
+        if one["capability"] == 90 and "bfloat16" in one["variant"] and "merge" not in one["variant"]:
+            assert one["global_access"]["LDG.128"] >= 2, one
+            if "bwd" in one["variant"]:
+                assert one["global_access"]["STG.128"] >= 2, one
+                if "% 16 == 0" in one["variant"]:  # no narrow access to the logits at all
+                    assert not {"LDG.U16", "STG.U16"} & set(one["global_access"]), one
+
+
+def test_spills_are_a_problem() -> None:
+    from grpo_kernels.kernels.triton.compile_report import Compiled, problems
+
+    good = Compiled("k", 90, 64, 0, 1024, {})
+    assert problems([good]) == []
+    assert "spills 8 bytes" in problems([Compiled("k", 90, 255, 8, 0, {})])[0]
+    assert "shared memory" in problems([Compiled("k", 80, 64, 0, 200_000, {})])[0]
+
+
+def test_tables_have_names_for_all_rows() -> None:
+    """Two files number the rows of the tables: they agree because one imports the other."""
+    from grpo_kernels.kernels.triton import finish
+
+    for name in ("LOGPS", "REWARDS", "COEFFICIENTS", "TOKEN_SCALES", "PAIR_LOSSES", "SLOPES", "PAIR_FACTORS"):
+        assert getattr(finish, name).value == getattr(tables, name)
+
+
+def test_padded_and_packed_agree() -> None:
+    logits, labels = batch(num_pairs=4, dtype=torch.float32)
+    padded = loss_of("triton", {"reference_free": True})(logits.to(DEVICE), labels.to(DEVICE), IDS.to(DEVICE))
+    flat = logits.detach().flatten(0, 1).to(DEVICE)
+    ends = torch.tensor(list(itertools.accumulate([7] * 8, initial=0)), device=DEVICE)
+    packed = loss_of("triton", {"reference_free": True})(flat, labels.flatten().to(DEVICE), IDS.to(DEVICE), None, ends)
+    assert torch.equal(padded.pair_losses, packed.pair_losses)
+    assert torch.equal(padded.loss, packed.loss)
+
+
+def test_padding_changes_nothing() -> None:
+    logits, labels = batch(num_pairs=4)
+    longer, more = F.pad(logits.detach(), (0, 0, 0, 3), value=torch.nan), F.pad(labels, (0, 3), value=-100)
+    results = [
+        loss_of("triton", {"reference_free": True})(x.to(DEVICE), y.to(DEVICE), IDS.to(DEVICE))
+        for x, y in ((logits.detach(), labels), (longer, more))
+    ]
+    assert torch.equal(results[0].loss, results[1].loss)
