@@ -2,7 +2,7 @@
 
 from grpo_kernels._version import __version__
 from grpo_kernels.dispatch import backends
-from grpo_kernels.functional import linear_sequence_logps, preference_losses, sequence_logps
+from grpo_kernels.functional import linear_sequence_logps, preference_losses, sequence_logps, token_logps
 from grpo_kernels.group_weights import GroupWeights
 from grpo_kernels.losses import GroupRobustLoss, LinearGroupRobustLoss
 from grpo_kernels.types import IGNORE_INDEX, GroupRobustOutput
@@ -18,4 +18,5 @@ __all__ = [
     "linear_sequence_logps",
     "preference_losses",
     "sequence_logps",
+    "token_logps",
 ]

@@ -56,15 +56,39 @@ def sequence_logps(
 
     Source: Ramesh et al. 2024, section 2 (pi_theta(y | x) as a sum over tokens).
     """
-    validation.check_rows_and_labels("logits", logits, labels, cu_seqlens, ignore_index, logits.shape[-1])
-    if shift_labels:
-        labels = shifted_labels(labels, cu_seqlens, ignore_index)
-    request = dispatch.Request("logits", tuple(logits.shape), logits.dtype, logits.device)
-    entry = dispatch.select(backend, request)
+    labels, entry = aligned_labels_and_backend(logits, labels, cu_seqlens, shift_labels, ignore_index, backend)
     if entry.module is None:
         return reference.sequence_logps(logits, labels, cu_seqlens, ignore_index, average)
     token_logps = TokenLogps.apply(logits, labels, ignore_index, inplace_backward, entry.name)
     return _sum_over_sequences(token_logps, labels, cu_seqlens, ignore_index, average)
+
+
+def token_logps(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    cu_seqlens: Tensor | None = None,
+    shift_labels: bool = False,
+    ignore_index: int = IGNORE_INDEX,
+    inplace_backward: bool = False,
+    backend: str = "auto",
+) -> Tensor:
+    """Log-probability of each label, for losses that need more than its sum over a sequence.
+
+    Arguments and errors are those of `sequence_logps`; ``cu_seqlens`` is needed for packed (N, V) logits.
+
+    Returns:
+        (S, T) or (N,), float32 (float64 for float64 logits), 0 where the label is ``ignore_index``. Differentiable
+        once.
+
+    Example:
+        >>> token_logps(torch.zeros(1, 3, 4), torch.tensor([[1, 2, -100]]))
+        tensor([[-1.3863, -1.3863,  0.0000]])
+    """
+    labels, entry = aligned_labels_and_backend(logits, labels, cu_seqlens, shift_labels, ignore_index, backend)
+    if entry.module is None:
+        return reference.token_logps(logits, labels, ignore_index)
+    return TokenLogps.apply(logits, labels, ignore_index, inplace_backward, entry.name)
 
 
 def linear_sequence_logps(
@@ -104,7 +128,7 @@ def linear_sequence_logps(
     hidden, weight, bias = _autocast(hidden, weight, bias)
     validation.check_head(hidden, weight, bias)
     if shift_labels:
-        labels = shifted_labels(labels, cu_seqlens, ignore_index)
+        labels = _shifted(labels, cu_seqlens, ignore_index)
     entry = dispatch.select(backend, dispatch.Request("hidden", tuple(hidden.shape), hidden.dtype, hidden.device))
     if entry.module is None:
         return reference.linear_sequence_logps(hidden, weight, bias, labels, cu_seqlens, ignore_index, average)
@@ -162,7 +186,18 @@ def preference_losses(
     return losses
 
 
-def shifted_labels(labels: Tensor, cu_seqlens: Tensor | None, ignore_index: int) -> Tensor:
+def aligned_labels_and_backend(
+    logits: Tensor, labels: Tensor, cu_seqlens: Tensor | None, shift_labels: bool, ignore_index: int, backend: str
+) -> tuple[Tensor, dispatch.BackendEntry]:
+    """What every function of logits does first: validate, shift the labels if asked, select a backend."""
+    validation.check_rows_and_labels("logits", logits, labels, cu_seqlens, ignore_index, logits.shape[-1])
+    if shift_labels:
+        labels = _shifted(labels, cu_seqlens, ignore_index)
+    request = dispatch.Request("logits", tuple(logits.shape), logits.dtype, logits.device)
+    return labels, dispatch.select(backend, request)
+
+
+def _shifted(labels: Tensor, cu_seqlens: Tensor | None, ignore_index: int) -> Tensor:
     """Labels moved one to the left: row t holds what it predicts, and the last row of a sequence predicts nothing."""
     nothing = labels.new_full((*labels.shape[:-1], 1), ignore_index)
     shifted = torch.cat([labels[..., 1:], nothing], dim=-1)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from grpo_kernels import dispatch, validation
+from grpo_kernels import validation
 from grpo_kernels.autograd import FusedGroupRobustLoss
-from grpo_kernels.functional import linear_sequence_logps, preference_losses, sequence_logps, shifted_labels
+from grpo_kernels.functional import aligned_labels_and_backend, linear_sequence_logps, preference_losses, sequence_logps
 from grpo_kernels.group_weights import GroupWeights
 from grpo_kernels.kernels import group_robust as tables
 from grpo_kernels.pair_losses import PAIR_LOSSES
@@ -196,8 +196,9 @@ class GroupRobustLoss(_GroupRobustLossBase):
         """
         num_sequences = _num_sequences(logits, cu_seqlens)
         validation.check_pair_batch(num_sequences)
-        request = dispatch.Request("logits", tuple(logits.shape), logits.dtype, logits.device)
-        entry = dispatch.select(self.backend, request)
+        labels, entry = aligned_labels_and_backend(
+            logits, labels, cu_seqlens, self.shift_labels, self.ignore_index, self.backend
+        )
         if entry.fuses_loss:
             beta = self.beta if beta is None else beta
             self._check_pairs(num_sequences // 2, logits.device, group_ids, ref_logps, beta, margin, weights)
@@ -207,11 +208,10 @@ class GroupRobustLoss(_GroupRobustLossBase):
             logits,
             labels,
             cu_seqlens=cu_seqlens,
-            shift_labels=self.shift_labels,
             ignore_index=self.ignore_index,
             average=self.average_log_prob,
             inplace_backward=self.inplace_backward,
-            backend=self.backend,
+            backend=entry.name,
         )
         return self.from_logps(logps, group_ids, ref_logps, beta=beta, margin=margin, weights=weights)
 
@@ -227,10 +227,7 @@ class GroupRobustLoss(_GroupRobustLossBase):
         margin: Tensor | None,
         weights: Tensor | None,
     ) -> GroupRobustOutput:
-        """`from_logps` of `sequence_logps` in one operator; pairs are checked already."""
-        validation.check_rows_and_labels("logits", logits, labels, cu_seqlens, self.ignore_index, logits.shape[-1])
-        if self.shift_labels:
-            labels = shifted_labels(labels, cu_seqlens, self.ignore_index)
+        """`from_logps` of `sequence_logps` in one operator; arguments are checked and labels aligned already."""
         of_groups = self.group_weights
         update = of_groups.update_of_forward()
         loss, sequences, pairs, groups, counts = FusedGroupRobustLoss.apply(

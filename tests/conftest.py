@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -12,14 +13,22 @@ if not torch.cuda.is_available():
 import grpo_kernels as gk
 
 
-def usable_backends() -> list[str]:
-    return [name for name, reasons in gk.backends().items() if not reasons]
+def _backends_and_devices() -> list[tuple[str, str]]:
+    """Every backend that can run here, on the device that it is for; plain PyTorch's on both."""
+    usable = [name for name, reasons in gk.backends().items() if not reasons]
+    if not torch.cuda.is_available():
+        return [(name, "cpu") for name in usable]
+    on_cpu = [name for name in usable if name not in ("triton", "cuda")]
+    return [(name, "cuda") for name in usable if name != "cpp"] + [(name, "cpu") for name in on_cpu]
 
 
-@pytest.fixture(params=usable_backends())
-def backend(request: pytest.FixtureRequest) -> str:
-    """Every backend that can run here."""
-    return request.param
+@pytest.fixture(params=_backends_and_devices(), ids=lambda pair: pair[0] if pair[1] == "cpu" else "-".join(pair))
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """A backend's name; tensors that the test makes are on the device where it runs."""
+    name, device = request.param
+    torch.set_default_device(device)
+    yield name
+    torch.set_default_device("cpu")
 
 
 def one_rounding(dtype: torch.dtype, backend: str) -> float:
@@ -38,10 +47,10 @@ def batch(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """logits (2B, T, V) that require grad, labels (2B, T) with prompts and padding ignored."""
     generator = torch.Generator().manual_seed(seed)
-    shape = (2 * num_pairs, length)
-    logits = (3 * torch.randn(*shape, vocab, generator=generator, dtype=torch.float64)).to(dtype).requires_grad_()
-    labels = torch.randint(0, vocab, shape, generator=generator)
+    shape, device = (2 * num_pairs, length), torch.get_default_device()
+    logits = 3 * torch.randn(*shape, vocab, generator=generator, dtype=torch.float64, device="cpu")
+    labels = torch.randint(0, vocab, shape, generator=generator, device="cpu")
     for s in range(2 * num_pairs):
         labels[s, : s % 3] = -100
         labels[s, length - (s + 1) % 3 :] = -100 if (s + 1) % 3 else labels[s, length:]
-    return logits, labels
+    return logits.to(device, dtype).requires_grad_(), labels.to(device)

@@ -8,7 +8,12 @@ from conftest import batch
 
 import grpo_kernels as gk
 
-IDS = torch.tensor([1, 0, 2, 1])
+
+def ids() -> torch.Tensor:
+    """Groups of four pairs, on the default device."""
+    return torch.tensor([1, 0, 2, 1])
+
+
 OPS = torch.ops.grpo_kernels
 CHECKS = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
 
@@ -19,9 +24,9 @@ def fused_calls() -> dict[str, tuple]:
     state = gk.GroupWeights(group_sizes=[60, 35, 5], step_size=0.3)
     buffers = (state.log_alpha, state.group_sizes, state.pending_sums, state.pending_counts, state.skipped_updates)
     options = (0.1, "sigmoid", 0.0, True, -100, "importance", 0.3, 0.0, 0.0, 1.0, "inline", "triton")
-    forward = (logits, labels, None, torch.randn(8), IDS, None, None, None, *buffers, *options)
+    forward = (logits, labels, None, torch.randn(8), ids(), None, None, None, *buffers, *options)
     _, sequences, pairs, _, _, lse, row_sequence = OPS.group_robust_loss(*forward)
-    saved = (labels, lse, row_sequence, sequences, pairs, IDS, -100, False, "triton")
+    saved = (labels, lse, row_sequence, sequences, pairs, ids(), -100, False, "triton")
     upstream = (torch.tensor(2.0), torch.randn(4, 8), torch.randn(3, 4), torch.randn(5, 3, dtype=torch.float64))
     return {
         "group_robust_loss": forward,
@@ -75,7 +80,7 @@ def test_fullgraph(backend: str, compiler: str, inplace: bool) -> None:
         results = []
         for module in (eager, compiled):
             leaf = logits.detach().clone().requires_grad_()
-            out = module(leaf * 1.0, labels, IDS, ref_logps=ref)
+            out = module(leaf * 1.0, labels, ids(), ref_logps=ref)
             results.append((out.loss, out.alpha, *torch.autograd.grad(out.loss, leaf)))
         for expected, got in zip(*results, strict=True):
             torch.testing.assert_close(got, expected)
@@ -95,14 +100,14 @@ def test_fullgraph_linear_and_model() -> None:
 
     model = Model()
     _, labels = batch(num_pairs=4)
-    ids = labels.clamp(min=0)
+    tokens = labels.clamp(min=0)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    loss = compiled(ids, labels, IDS)
+    loss = compiled(tokens, labels, ids())
     loss.backward()
     grads = [p.grad.clone() for p in model.parameters()]
     model.zero_grad()
     model.loss.group_weights.reset_parameters()
-    eager = model(ids, labels, IDS)
+    eager = model(tokens, labels, ids())
     eager.backward()
     torch.testing.assert_close(loss, eager)
     for got, p in zip(grads, model.parameters(), strict=True):

@@ -12,7 +12,13 @@ from torch.utils.checkpoint import checkpoint
 import grpo_kernels as gk
 
 SIZES = [60, 35, 5]
-IDS = torch.tensor([1, 0, 2, 1])
+
+
+def ids() -> torch.Tensor:
+    """Groups of four pairs, on the default device."""
+    return torch.tensor([1, 0, 2, 1])
+
+
 LOSSES = [("sigmoid", 0.0), ("sigmoid", 0.2), ("ipo", 0.0), ("hinge", 0.0), ("robust", 0.3)]
 
 
@@ -34,12 +40,12 @@ def test_whole_method(backend: str, loss_type: str, e: float, estimator: str, dt
     logits, labels, ref = inputs(dtype)
     ref = ref.to(torch.float64 if dtype == torch.float64 else torch.float32)
     loss_fn = make(backend, loss_type=loss_type, label_smoothing=e, estimator=estimator)
-    out = loss_fn(logits, labels, IDS, ref_logps=ref)
+    out = loss_fn(logits, labels, ids(), ref_logps=ref)
     (grad,) = torch.autograd.grad(out.loss, logits)
     logps, slopes = truth.sequence_terms(logits, labels)
     ratios = logps - ref.double()
     h = (ratios[:4] - ratios[4:]).tolist()
-    exact = truth.group_robust(h, IDS.tolist(), [1 / 3] * 3, 0.3, SIZES, estimator, 0.1, loss_type, e)
+    exact = truth.group_robust(h, ids().tolist(), [1 / 3] * 3, 0.3, SIZES, estimator, 0.1, loss_type, e)
     close = {"rtol": 1e-11, "atol": 1e-12} if dtype == torch.float64 else {"rtol": 3e-6, "atol": 3e-6}
     for name in ("pair_losses", "group_losses", "alpha"):
         got = getattr(out, name).detach().double()
@@ -60,9 +66,9 @@ def test_alpha_after_several_steps(backend: str) -> None:
     loss_fn, alpha = make(backend), [1 / 3] * 3
     for seed in range(4):
         logits, labels = batch(num_pairs=4, seed=seed)
-        out = loss_fn(logits, labels, IDS, ref_logps=torch.zeros(8))
+        out = loss_fn(logits, labels, ids(), ref_logps=torch.zeros(8))
         logps, _ = truth.sequence_terms(logits, labels)
-        exact = truth.group_robust((logps[:4] - logps[4:]).tolist(), IDS.tolist(), alpha, 0.3, SIZES)
+        exact = truth.group_robust((logps[:4] - logps[4:]).tolist(), ids().tolist(), alpha, 0.3, SIZES)
         alpha = exact["alpha"]
         assert out.loss.item() == pytest.approx(exact["loss"][0])
     assert out.alpha.tolist() == pytest.approx(alpha)
@@ -89,8 +95,8 @@ def test_permuting_pairs_permutes_losses_and_changes_nothing_else(backend: str) 
     logits, labels, ref = inputs()
     order = torch.tensor([2, 0, 3, 1])
     both = torch.cat([order, order + 4])
-    a = make(backend)(logits, labels, IDS, ref_logps=ref)
-    b = make(backend)(logits[both], labels[both], IDS[order], ref_logps=ref[both])
+    a = make(backend)(logits, labels, ids(), ref_logps=ref)
+    b = make(backend)(logits[both], labels[both], ids()[order], ref_logps=ref[both])
     torch.testing.assert_close(b.pair_losses, a.pair_losses[order])
     torch.testing.assert_close(b.loss, a.loss)
     torch.testing.assert_close(b.alpha, a.alpha)
@@ -99,8 +105,8 @@ def test_permuting_pairs_permutes_losses_and_changes_nothing_else(backend: str) 
 def test_swapping_chosen_and_rejected_changes_the_loss(backend: str) -> None:
     logits, labels, ref = inputs()
     swap = torch.cat([torch.arange(4, 8), torch.arange(4)])
-    a = make(backend)(logits, labels, IDS, ref_logps=ref)
-    b = make(backend)(logits[swap], labels[swap], IDS, ref_logps=ref[swap])
+    a = make(backend)(logits, labels, ids(), ref_logps=ref)
+    b = make(backend)(logits[swap], labels[swap], ids(), ref_logps=ref[swap])
     difference = 0.1 * ((a.chosen_logps - ref[:4]) - (a.rejected_logps - ref[4:]))
     torch.testing.assert_close(b.pair_losses - a.pair_losses, difference)
     assert difference.abs().min() > 1e-3
@@ -108,11 +114,11 @@ def test_swapping_chosen_and_rejected_changes_the_loss(backend: str) -> None:
 
 def test_relabelling_groups_permutes_alpha(backend: str) -> None:
     logits, labels, ref = inputs()
-    a = make(backend)(logits, labels, IDS, ref_logps=ref)
+    a = make(backend)(logits, labels, ids(), ref_logps=ref)
     new_id = torch.tensor([2, 0, 1])
     sizes = torch.tensor(SIZES)[new_id.argsort()].tolist()
     weights = gk.GroupWeights(group_sizes=sizes, step_size=0.3)
-    b = gk.GroupRobustLoss(weights, beta=0.1, backend=backend)(logits, labels, new_id[IDS], ref_logps=ref)
+    b = gk.GroupRobustLoss(weights, beta=0.1, backend=backend)(logits, labels, new_id[ids()], ref_logps=ref)
     torch.testing.assert_close(b.alpha[new_id], a.alpha)
     torch.testing.assert_close(b.loss, a.loss)
 
@@ -130,16 +136,16 @@ def test_an_absent_group(backend: str) -> None:
 
 def test_padding_changes_nothing(backend: str) -> None:
     logits, labels, ref = inputs()
-    a = make(backend)(logits, labels, IDS, ref_logps=ref)
+    a = make(backend)(logits, labels, ids(), ref_logps=ref)
     wide, wide_labels = F.pad(logits, (0, 0, 0, 5), value=9.0), F.pad(labels, (0, 5), value=-100)
-    b = make(backend)(wide, wide_labels, IDS, ref_logps=ref)
+    b = make(backend)(wide, wide_labels, ids(), ref_logps=ref)
     torch.testing.assert_close(b.loss, a.loss)
 
 
 def test_packed_equals_padded(backend: str) -> None:
     logits, labels, ref = inputs()
-    a = make(backend)(logits, labels, IDS, ref_logps=ref)
-    b = make(backend)(logits.flatten(0, 1), labels.flatten(), IDS, ref_logps=ref, cu_seqlens=torch.arange(0, 57, 7))
+    a = make(backend)(logits, labels, ids(), ref_logps=ref)
+    b = make(backend)(logits.flatten(0, 1), labels.flatten(), ids(), ref_logps=ref, cu_seqlens=torch.arange(0, 57, 7))
     torch.testing.assert_close(b.loss, a.loss)
     torch.testing.assert_close(
         torch.autograd.grad(b.loss, logits, retain_graph=True)[0], torch.autograd.grad(a.loss, logits)[0]
@@ -153,9 +159,9 @@ def test_linear_equals_logits(backend: str) -> None:
     bias = torch.randn(13, dtype=torch.float64).requires_grad_()
     outs = [
         gk.LinearGroupRobustLoss(gk.GroupWeights(group_sizes=SIZES, step_size=0.3), backend=backend)(
-            hidden, weight, labels, IDS, ref_logps=ref, bias=bias
+            hidden, weight, labels, ids(), ref_logps=ref, bias=bias
         ),
-        make(backend)(F.linear(hidden, weight, bias), labels, IDS, ref_logps=ref),
+        make(backend)(F.linear(hidden, weight, bias), labels, ids(), ref_logps=ref),
     ]
     torch.testing.assert_close(outs[0].loss, outs[1].loss)
     grads = [torch.autograd.grad(out.loss, (hidden, weight, bias)) for out in outs]
@@ -166,7 +172,7 @@ def test_linear_equals_logits(backend: str) -> None:
 def test_grad_output_scales_the_gradient(backend: str) -> None:
     """Liger 968 and 1298: an upstream gradient other than 1 was silently ignored."""
     logits, labels, ref = inputs()
-    loss = make(backend)(logits, labels, IDS, ref_logps=ref).loss
+    loss = make(backend)(logits, labels, ids(), ref_logps=ref).loss
     (once,) = torch.autograd.grad(loss, logits, retain_graph=True)
     (scaled,) = torch.autograd.grad(-2.5 * loss, logits)
     torch.testing.assert_close(scaled, -2.5 * once)
@@ -183,7 +189,7 @@ def test_outputs_said_to_be_differentiable_are(backend: str, name: str) -> None:
 
 def test_the_rest_is_detached() -> None:
     logits, labels, ref = inputs()
-    out = make()(logits, labels, IDS, ref_logps=ref)
+    out = make()(logits, labels, ids(), ref_logps=ref)
     for name in ("group_counts", "alpha", "chosen_rewards", "rejected_rewards"):
         assert not getattr(out, name).requires_grad
     assert not any(value.requires_grad for value in out.metrics().values())
@@ -191,7 +197,7 @@ def test_the_rest_is_detached() -> None:
 
 def test_metrics() -> None:
     logits, labels, ref = inputs()
-    out = make()(logits, labels, IDS, ref_logps=ref)
+    out = make()(logits, labels, ids(), ref_logps=ref)
     metrics = out.metrics()
     assert all(value.dim() == 0 for value in metrics.values())
     assert metrics["rewards/margins"].item() == pytest.approx((out.chosen_rewards - out.rejected_rewards).mean().item())
@@ -206,13 +212,13 @@ def test_alpha_is_left_alone_in_eval_and_under_no_grad(backend: str) -> None:
     loss_fn = make(backend)
     before = loss_fn.group_weights.log_alpha.clone()
     with torch.no_grad():
-        loss_fn(logits, labels, IDS, ref_logps=ref)
+        loss_fn(logits, labels, ids(), ref_logps=ref)
     assert torch.equal(loss_fn.group_weights.log_alpha, before)
     loss_fn.eval()
-    out = loss_fn(logits, labels, IDS, ref_logps=ref)
+    out = loss_fn(logits, labels, ids(), ref_logps=ref)
     assert torch.equal(loss_fn.group_weights.log_alpha, before)
     assert out.loss.item() == pytest.approx((out.group_losses / 3).sum().item())
-    loss_fn.train()(logits, labels, IDS, ref_logps=ref)
+    loss_fn.train()(logits, labels, ids(), ref_logps=ref)
     assert not torch.equal(loss_fn.group_weights.log_alpha, before)
 
 
@@ -220,10 +226,10 @@ def test_alpha_is_left_alone_in_eval_and_under_no_grad(backend: str) -> None:
 def test_a_recomputed_forward_counts_once(update: str) -> None:
     logits, labels, ref = inputs()
     plain, recomputed = make(update=update), make(update=update)
-    loss = plain(logits, labels, IDS, ref_logps=ref).loss
+    loss = plain(logits, labels, ids(), ref_logps=ref).loss
     (grad,) = torch.autograd.grad(loss, logits)
     checkpointed = checkpoint(
-        lambda x: recomputed(x * 1.0, labels, IDS, ref_logps=ref).loss, logits, use_reentrant=False
+        lambda x: recomputed(x * 1.0, labels, ids(), ref_logps=ref).loss, logits, use_reentrant=False
     )
     (again,) = torch.autograd.grad(checkpointed, logits)
     assert torch.equal(again, grad)
@@ -235,8 +241,8 @@ def test_recomputing_an_older_batch_is_refused() -> None:
     """Its weights would be those of an alpha that has moved on."""
     logits, labels, ref = inputs()
     loss_fn = make()
-    first = checkpoint(lambda x: loss_fn(x, labels, IDS, ref_logps=ref).loss, logits, use_reentrant=False)
-    loss_fn(logits * 2, labels, IDS, ref_logps=ref)
+    first = checkpoint(lambda x: loss_fn(x, labels, ids(), ref_logps=ref).loss, logits, use_reentrant=False)
+    loss_fn(logits * 2, labels, ids(), ref_logps=ref)
     with pytest.raises(RuntimeError, match="not the last one that moved alpha"):
         first.backward()
 
@@ -244,7 +250,7 @@ def test_recomputing_an_older_batch_is_refused() -> None:
 def test_reentrant_checkpointing_is_refused() -> None:
     logits, labels, ref = inputs()
     loss_fn = make()
-    out = checkpoint(lambda x: loss_fn(x, labels, IDS, ref_logps=ref).loss, logits, use_reentrant=True)
+    out = checkpoint(lambda x: loss_fn(x, labels, ids(), ref_logps=ref).loss, logits, use_reentrant=True)
     with pytest.raises(RuntimeError, match="use_reentrant=False"):
         out.backward()
 
@@ -255,10 +261,10 @@ def test_lagged_accumulation_equals_one_batch(backend: str) -> None:
     loss_fn, whole = make(backend, update="lagged"), make(backend)
     for pairs in ([0, 1], [2, 3]):
         rows = torch.tensor(pairs + [p + 4 for p in pairs])
-        out = loss_fn(logits[rows], labels[rows], IDS[pairs], ref_logps=ref[rows])
+        out = loss_fn(logits[rows], labels[rows], ids()[pairs], ref_logps=ref[rows])
         assert out.alpha.tolist() == pytest.approx([1 / 3] * 3)
     loss_fn.group_weights.step()
-    expected = whole(logits, labels, IDS, ref_logps=ref).alpha
+    expected = whole(logits, labels, ids(), ref_logps=ref).alpha
     torch.testing.assert_close(loss_fn.group_weights.alpha, expected)
 
 
@@ -284,14 +290,14 @@ def test_a_nan_logit_gives_a_nan_loss_and_keeps_alpha(backend: str) -> None:
     loss_fn = make(backend)
     before = loss_fn.group_weights.log_alpha.clone()
     with pytest.warns(RuntimeWarning, match="alpha was not updated"):
-        assert loss_fn(broken.requires_grad_(), labels, IDS, ref_logps=ref).loss.isnan()
+        assert loss_fn(broken.requires_grad_(), labels, ids(), ref_logps=ref).loss.isnan()
     assert torch.equal(loss_fn.group_weights.log_alpha, before)
 
 
 def test_pair_weights_margin_and_beta_reach_the_loss(backend: str) -> None:
     logits, labels, ref = inputs()
     vectors = {"beta": torch.tensor([0.1, 0.5, 1.0, 2.0]), "margin": torch.rand(4), "weights": torch.rand(4)}
-    out = make(backend)(logits, labels, IDS, ref_logps=ref, **vectors)
+    out = make(backend)(logits, labels, ids(), ref_logps=ref, **vectors)
     logps = gk.sequence_logps(logits, labels, backend=backend)
     torch.testing.assert_close(out.pair_losses, gk.preference_losses(logps, ref, **vectors))
     torch.testing.assert_close(out.chosen_rewards, vectors["beta"] * (logps - ref)[:4].detach())
@@ -299,8 +305,8 @@ def test_pair_weights_margin_and_beta_reach_the_loss(backend: str) -> None:
 
 def test_int32_labels_and_ids(backend: str) -> None:
     logits, labels, ref = inputs()
-    a = make(backend)(logits, labels, IDS, ref_logps=ref)
-    b = make(backend)(logits, labels.int(), IDS.int(), ref_logps=ref)
+    a = make(backend)(logits, labels, ids(), ref_logps=ref)
+    b = make(backend)(logits, labels.int(), ids().int(), ref_logps=ref)
     assert torch.equal(a.loss, b.loss)
 
 
@@ -308,7 +314,7 @@ def test_two_losses_share_alpha() -> None:
     logits, labels, ref = inputs()
     weights = gk.GroupWeights(group_sizes=SIZES, step_size=0.3)
     first, second = gk.GroupRobustLoss(weights), gk.GroupRobustLoss(weights, loss_type="hinge")
-    moved = first(logits, labels, IDS, ref_logps=ref).alpha
+    moved = first(logits, labels, ids(), ref_logps=ref).alpha
     second.eval()
     weights.train()
     assert torch.equal(second.group_weights.alpha, moved)
@@ -334,7 +340,7 @@ def test_two_losses_share_alpha() -> None:
 )
 def test_bad_input(change: dict, error: type[Exception], message: str) -> None:
     logits, labels, ref = inputs()
-    arguments = {"logits": logits, "labels": labels, "group_ids": IDS, "ref_logps": ref, "cu_seqlens": None}
+    arguments = {"logits": logits, "labels": labels, "group_ids": ids(), "ref_logps": ref, "cu_seqlens": None}
     arguments.update({name: mend(arguments[name]) for name, mend in change.items()})
     with pytest.raises(error, match=message):
         make()(**arguments)
@@ -347,7 +353,7 @@ def test_bad_input(change: dict, error: type[Exception], message: str) -> None:
 def test_bad_cu_seqlens(ends: list[int], message: str) -> None:
     logits, labels, ref = inputs()
     with pytest.raises(ValueError, match=message):
-        make()(logits.flatten(0, 1), labels.flatten(), IDS[:1], ref[:2], torch.tensor(ends))
+        make()(logits.flatten(0, 1), labels.flatten(), ids()[:1], ref[:2], torch.tensor(ends))
 
 
 def test_bad_options() -> None:
@@ -358,7 +364,7 @@ def test_bad_options() -> None:
         gk.GroupRobustLoss([0.5, 0.5])
     loss_fn = gk.GroupRobustLoss(weights, reference_free=True)
     with pytest.raises(ValueError, match="ref_logps must be None when reference_free=True"):
-        loss_fn(*inputs()[:2], IDS, ref_logps=torch.zeros(8))
+        loss_fn(*inputs()[:2], ids(), ref_logps=torch.zeros(8))
     with pytest.raises(TypeError, match=r"weight must have hidden's dtype torch.float32, got torch.bfloat16"):
         gk.linear_sequence_logps(torch.zeros(2, 3, 4), torch.zeros(5, 4).bfloat16(), torch.zeros(2, 3).long())
     with pytest.raises(ValueError, match=r"weight must have shape \(V, 4\), got \(5, 6\)"):
@@ -370,6 +376,6 @@ def test_several_ranks_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
     with pytest.raises(NotImplementedError, match="training over 2 ranks is not supported"):
-        make()(logits, labels, IDS, ref_logps=ref)
+        make()(logits, labels, ids(), ref_logps=ref)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 1)
-    assert make()(logits, labels, IDS, ref_logps=ref).loss.isfinite()
+    assert make()(logits, labels, ids(), ref_logps=ref).loss.isfinite()

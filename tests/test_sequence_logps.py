@@ -207,6 +207,19 @@ def test_nan_logits_give_nan(backend: str) -> None:
     assert gk.sequence_logps(broken, labels, backend=backend)[0].isnan()
 
 
+def test_token_logps(backend: str) -> None:
+    logits, labels = batch()
+    exact, slopes = truth.token_terms(logits, labels)
+    upstream = torch.randn(6, 7, dtype=torch.float64)
+    got, (grad,) = run(lambda: gk.token_logps(logits, labels, backend=backend), [logits], upstream)
+    torch.testing.assert_close(got, exact)
+    torch.testing.assert_close(grad, upstream.unsqueeze(-1) * slopes)
+    shifted = gk.token_logps(logits, labels, shift_labels=True, backend=backend)
+    torch.testing.assert_close(shifted.sum(-1), gk.sequence_logps(logits, labels, shift_labels=True, backend=backend))
+    packed = gk.token_logps(logits[0], labels[0], cu_seqlens=torch.tensor([0, 3, 7]), backend=backend)
+    torch.testing.assert_close(packed, exact[0])
+
+
 def test_float64_gradcheck(backend: str) -> None:
     logits, labels = batch(num_pairs=1, length=4, vocab=5)
     assert torch.autograd.gradcheck(lambda x: gk.sequence_logps(x, labels, average=True, backend=backend), logits)
