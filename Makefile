@@ -11,7 +11,7 @@ PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
 endif
 
-.PHONY: train test lint bench clean
+.PHONY: train test lint bench gpu-check clean
 
 train: $(READY)
 	$(PY) -m grpo_kernels train --compare $(ARGS)
@@ -26,6 +26,10 @@ lint: $(READY)
 
 bench: $(READY)
 	$(PY) -m grpo_kernels bench $(ARGS)
+
+# On a machine with an NVIDIA GPU, with the interpreter that has its torch and triton: installs nothing but WHEELS.
+gpu-check:
+	$(PYTHON) benchmarks/gpu_check.py $(if $(OUT),--out $(OUT)) $(if $(STAGES),--stages $(STAGES))
 
 $(VENV)/.ready: pyproject.toml constraints.txt setup.py
 	$(PYTHON) -m venv $(VENV)

@@ -2,7 +2,7 @@
 
     python benchmarks/tune_tiles.py [--rows 4096] [--seconds 60]
 
-For each pass and each size of a logit it times the kernels over a grid of tiles and warps, at V = 128256 and at V = 151936,
+For each pass and each size of a logit it times the kernels over a grid of tiles and warps, at V = 128256 and 151936,
 and prints the table with the best geometric mean. Nothing is written: paste what you like.
 """
 

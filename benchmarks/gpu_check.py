@@ -1,0 +1,244 @@
+"""One command that turns a GPU into evidence: build, tests, sanitizer, benchmark, tuning, each with a time limit.
+
+    make gpu-check [OUT=FOLDER] [STAGES=facts,tests,...]     (python benchmarks/gpu_check.py --out ... --stages ...)
+
+Each stage is a process of its own, so that one that fails or hangs costs the others nothing; all take 9 minutes at most.
+Every stage leaves <out>/<stage>.json with its command, outcome, seconds, the end of its output and what it found; the
+table at the end is also in <out>/summary.md. Wheels that pip shall install first, without a network, may lie in the
+folder that the variable WHEELS names.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+TAIL = 6000  # characters of a stage's output that its record keeps
+
+SANITIZED = """
+import torch, grpo_kernels as gk
+for backend in ("triton", "cuda"):
+    if gk.backends().get(backend, ["absent"]):
+        continue
+    for dtype in (torch.bfloat16, torch.float32):
+        for vocab, length in ((1003, 5), (4096, 3), (1, 2), (20001, 2)):
+            for splits in ((2, 1), (1, 7)):
+                logits = torch.randn(4, length, vocab, device="cuda").to(dtype).requires_grad_()
+                labels = torch.randint(0, vocab, (4, length), device="cuda")
+                labels[0, 0], labels[1, 0] = -100, vocab - 1
+                weights = gk.GroupWeights(group_sizes=[3, 2], step_size=0.1)
+                loss_fn = gk.GroupRobustLoss(weights, backend=backend, reference_free=True).cuda()
+                ids = torch.tensor([0, 1], device="cuda")
+                loss_fn(logits, labels, ids).loss.backward()
+                ends = torch.arange(0, 4 * length + 1, length, device="cuda")
+                flat = logits.detach().flatten(0, 1).requires_grad_()
+                loss_fn(flat, labels.flatten(), ids, None, ends).loss.backward()
+                labels[2, 0] = vocab + 7  # outside the vocabulary: NaN, and nothing read out of bounds
+                loss_fn(logits, labels, ids).loss.backward()
+    print(backend, "done")
+torch.cuda.synchronize()
+"""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """``commands`` run one after another within ``limit`` seconds; ``found`` makes the record of their output."""
+
+    name: str
+    limit: int
+    commands: Callable[[], list[list[str]]]
+    found: Callable[[str], Any] = lambda output: None
+    needs: Callable[[], str | None] = lambda: None
+
+
+def _python(*arguments: str) -> list[str]:
+    return [sys.executable, *arguments]
+
+
+def _needs_gpu() -> str | None:
+    probe = "import torch, sys; sys.exit(not torch.cuda.is_available())"
+    ran = subprocess.run(_python("-c", probe), capture_output=True, text=True, check=False, cwd=ROOT)
+    return None if ran.returncode == 0 else "there is no CUDA device"
+
+
+def _needs_sanitizer() -> str | None:
+    return _needs_gpu() or (None if shutil.which("compute-sanitizer") else "compute-sanitizer is not on the PATH")
+
+
+def _test_commands() -> list[list[str]]:
+    parallel = ["-n", "6"] if importlib.util.find_spec("xdist") else []
+    return [_python("-m", "pytest", "-q", "tests", "-k", "triton or cuda or gpu", "-p", "no:cacheprovider", *parallel)]
+
+
+def _sanitizer_commands() -> list[list[str]]:
+    tools = ("memcheck", "racecheck", "synccheck")
+    script = Path(tempfile.gettempdir()) / "grpo_kernels_sanitized.py"
+    script.write_text(SANITIZED)
+    return [
+        ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", sys.executable, str(script)] for tool in tools
+    ]
+
+
+def _json_in(output: str) -> Any:
+    """The JSON document that a command printed, whatever else stands around it."""
+    begin, end = output.find("{"), output.rfind("}")
+    listing = output.find("[\n")
+    if listing != -1 and (begin == -1 or listing < begin):
+        begin, end = listing, output.rfind("]")
+    try:
+        return json.loads(output[begin : end + 1])
+    except json.JSONDecodeError:
+        return None
+
+
+def _test_counts(output: str) -> dict[str, int]:
+    lines = [line for line in output.splitlines() if " in " in line and re.search(r"\d+ (passed|failed)", line)]
+    return {word: int(number) for number, word in re.findall(r"(\d+) (\w+)", lines[-1])} if lines else {}
+
+
+def _sanitizer_summary(output: str) -> list[str]:
+    return [line.strip("= ") for line in output.splitlines() if "SUMMARY" in line]
+
+
+STAGES = (
+    Stage("facts", 30, lambda: [_python("-m", "grpo_kernels", "doctor", "--json")], _json_in),
+    Stage("kernels", 60, lambda: [_python("-m", "grpo_kernels", "doctor", "--kernels", "--json")], _json_in),
+    Stage("tests", 200, _test_commands, _test_counts, _needs_gpu),
+    Stage("sanitize", 80, _sanitizer_commands, _sanitizer_summary, _needs_sanitizer),
+    Stage("bench", 110, lambda: [_python("benchmarks/gpu_bench.py", "--seconds", "80")], _json_in, _needs_gpu),
+    Stage(
+        "tune",
+        50,
+        lambda: [_python("benchmarks/tune_tiles.py", "--json", "--seconds", "35")],
+        _json_in,
+        _needs_gpu,
+    ),
+)
+
+
+def run_stage(stage: Stage) -> dict[str, Any]:
+    """The stage's record; never raises for what a command does."""
+    reason = stage.needs()
+    if reason is not None:
+        return {"stage": stage.name, "outcome": "skipped", "reason": reason, "seconds": 0.0}
+    began, output, outcome, commands = time.monotonic(), "", "passed", stage.commands()
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    environment.pop("TRITON_INTERPRET", None)
+    for command in commands:
+        left = stage.limit - (time.monotonic() - began)
+        text, outcome = _run(command, max(1.0, left), environment)
+        output += text
+        if outcome != "passed":
+            break
+    return {
+        "stage": stage.name,
+        "outcome": outcome,
+        "seconds": round(time.monotonic() - began, 1),
+        "commands": [" ".join(Path(part).name if i == 0 else part for i, part in enumerate(c)) for c in commands],
+        "found": stage.found(output),
+        "output_end": output[-TAIL:],
+    }
+
+
+def _run(command: list[str], limit: float, environment: dict[str, str]) -> tuple[str, str]:
+    """(output, outcome) of one command; it and its children are killed when the time is over."""
+    with tempfile.TemporaryFile("w+", errors="replace") as file:
+        process = subprocess.Popen(
+            command, stdout=file, stderr=subprocess.STDOUT, cwd=ROOT, env=environment, start_new_session=True
+        )
+        try:
+            code = process.wait(timeout=limit)
+            outcome = "passed" if code == 0 else f"failed (exit {code})"
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, 9)
+            process.wait()
+            outcome = "out of time"
+        file.seek(0)
+        return file.read(), outcome
+
+
+def install_wheels() -> None:
+    folder = os.environ.get("WHEELS")
+    if folder:
+        options = ["--no-index", "--no-deps", "--quiet", "--find-links", folder]
+        wheels = [str(path) for path in sorted(Path(folder).glob("*.whl"))]
+        subprocess.run(_python("-m", "pip", "install", *options, *wheels), check=False)
+
+
+def summary(records: list[dict[str, Any]]) -> str:
+    lines = ["| stage | outcome | seconds | |", "| --- | --- | --- | --- |"]
+    for record in records:
+        remark = record.get("reason", "")
+        if record["stage"] in ("tests", "sanitize") and record.get("found"):
+            remark = json.dumps(record["found"])
+        lines.append(f"| {record['stage']} | {record['outcome']} | {record['seconds']} | {remark} |")
+    for record in records:
+        if record["stage"] == "bench" and record.get("found"):
+            lines += [
+                "",
+                "| case | contender | forward ms (of copy) | backward ms (of copy) |",
+                "| --- | --- | --- | --- |",
+            ]
+            lines += [_bench_line(one) for one in record["found"]["records"]]
+    return "\n".join(lines) + "\n"
+
+
+def _bench_line(record: dict[str, Any]) -> str:
+    case = record["case"]
+    name = (
+        f"{case['num_sequences']}x{case['length']}x{case['vocab_size']} {case['dtype']} ignored {case['ignored']:.0%}"
+    )
+    if "both" not in record:
+        return f"| {name} | {record['contender']} | {record.get('not_measured_because', '-')} | |"
+    cells = [
+        f"{record[part]['median_ms']} ({record[part]['fraction_of_copy']:.0%})" for part in ("forward", "backward")
+    ]
+    return f"| {name} | {record['contender']} | {' | '.join(cells)} |"
+
+
+def device_name() -> str:
+    probe = "import torch; print(torch.cuda.get_device_name() if torch.cuda.is_available() else 'no-gpu')"
+    ran = subprocess.run(_python("-c", probe), capture_output=True, text=True, check=False)
+    return re.sub(r"[^a-z0-9]+", "-", ran.stdout.strip().lower()) or "unknown"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", help="folder for the records (default: benchmarks/results/<device>)")
+    parser.add_argument("--stages", default=",".join(stage.name for stage in STAGES), help="default: %(default)s")
+    arguments = parser.parse_args()
+    wanted = [name for name in arguments.stages.split(",") if name]
+    unknown = set(wanted) - {stage.name for stage in STAGES}
+    if unknown:
+        parser.error(f"--stages: {', '.join(sorted(unknown))} not among {', '.join(stage.name for stage in STAGES)}")
+    out = Path(arguments.out) if arguments.out else ROOT / "benchmarks" / "results" / device_name()
+    out.mkdir(parents=True, exist_ok=True)
+    install_wheels()
+    records = []
+    for stage in STAGES:
+        if stage.name in wanted:
+            print(f"{stage.name}: at most {stage.limit} s ...", flush=True)
+            record = run_stage(stage)
+            records.append(record)
+            (out / f"{stage.name}.json").write_text(json.dumps(record, indent=2) + "\n")
+            print(f"{stage.name}: {record['outcome']} {record.get('reason', '')}", flush=True)
+            (out / "summary.md").write_text(summary(records))
+    print("\n" + summary(records))
+    return int(any(record["outcome"] not in ("passed", "skipped") for record in records))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

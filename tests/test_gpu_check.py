@@ -1,0 +1,125 @@
+"""`make gpu-check` without a GPU: every stage starts or says why not, and what fails or hangs costs the others nothing."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+
+
+def load(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+gpu_check = load("gpu_check")
+
+
+def test_limits_add_up_to_nine_minutes() -> None:
+    assert sum(stage.limit for stage in gpu_check.STAGES) <= 540
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU this is the real thing: make gpu-check")
+def test_dry_run(tmp_path: Path) -> None:
+    stages = "facts,tests,sanitize,bench,tune"
+    ran = subprocess.run(
+        [sys.executable, "benchmarks/gpu_check.py", "--out", str(tmp_path), "--stages", stages],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ran.returncode == 0, ran.stderr
+    records = {path.stem: json.loads(path.read_text()) for path in tmp_path.glob("*.json")}
+    assert set(records) == set(stages.split(","))
+    assert records["facts"]["outcome"] == "passed"
+    assert "triton" in records["facts"]["found"]["backends"]
+    for name in ("tests", "sanitize", "bench", "tune"):
+        assert records[name]["outcome"] == "skipped"
+        assert records[name]["reason"] == "there is no CUDA device"
+    assert "| bench | skipped | 0.0 | there is no CUDA device |" in (tmp_path / "summary.md").read_text()
+
+
+def test_unknown_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    monkeypatch.setattr(sys, "argv", ["gpu_check.py", "--out", str(tmp_path), "--stages", "facts,bnch"])
+    with pytest.raises(SystemExit):
+        gpu_check.main()
+    assert "bnch not among facts, kernels, tests" in capsys.readouterr().err
+
+
+def test_a_stage_that_fails_or_hangs_is_recorded() -> None:
+    def stage(code: str, limit: int = 20) -> dict:
+        return gpu_check.run_stage(gpu_check.Stage("x", limit, lambda: [[sys.executable, "-c", code]] * 2))
+
+    failed = stage("print('so far'); raise SystemExit(3)")
+    assert failed["outcome"] == "failed (exit 3)"
+    assert failed["output_end"] == "so far\n"
+    began = time.monotonic()
+    hung = stage("import subprocess, time; subprocess.Popen(['sleep', '60']); time.sleep(60)", limit=1)
+    assert hung["outcome"] == "out of time"
+    assert time.monotonic() - began < 15
+    assert stage("print('fine')")["outcome"] == "passed"
+
+
+def test_what_is_read_from_output() -> None:
+    assert gpu_check._test_counts("....\n3 failed, 120 passed, 2 skipped in 12.3s\n") == {
+        "failed": 3,
+        "passed": 120,
+        "skipped": 2,
+    }
+    assert gpu_check._json_in('warning\n{"records": [1]}\n') == {"records": [1]}
+    assert gpu_check._json_in("nothing") is None
+    assert gpu_check._sanitizer_summary("========= ERROR SUMMARY: 0 errors\nx") == ["ERROR SUMMARY: 0 errors"]
+
+
+def test_sanitized_script_is_python() -> None:
+    compile(gpu_check.SANITIZED, "sanitized", "exec")
+
+
+def test_benchmark_rehearsal() -> None:
+    """The benchmark's own code on a tiny case: a GPU session is too dear for its typing errors."""
+    gpu_bench = load("gpu_bench")
+    records = gpu_bench.measure(gpu_bench.REHEARSAL[0], "cpu", 2)
+    by_name = {record["contender"]: record for record in records}
+    assert {"eager", "torch.compile", "torch in place", "triton", "triton in place"} <= set(by_name)
+    for record in records:
+        assert "not_measured_because" not in record, record
+        for part in ("forward", "backward", "both"):
+            assert record[part]["median_ms"] > 0
+            assert math.isfinite(record[part]["fraction_of_copy"])
+        assert record["gradient_error"] < 1e-6
+        assert gpu_check._bench_line({**record}).count("|") == 5
+
+
+def test_benchmark_refuses_a_wrong_gradient() -> None:
+    gpu_bench = load("gpu_bench")
+    broken = gpu_bench.loss_of("torch", "cpu")
+    broken.beta = 0.2
+    with pytest.raises(ValueError, match="gradient error"):
+        gpu_bench.gate(broken, gpu_bench.REHEARSAL[0], "cpu")
+
+
+def test_tuner_rehearsal(monkeypatch: pytest.MonkeyPatch) -> None:
+    tuner = load("tune_tiles")
+    from grpo_kernels.kernels.triton import tiles
+
+    before = dict(tiles.TILES)
+    monkeypatch.setattr(tuner, "candidates", lambda: [("forward", 4, 128, 4), ("backward", 4, 128, 4)])
+    records = tuner.measure("cpu", 4, (200, 301), budget=60, repetitions=1)
+    assert [(r["pass"], r["block"]) for r in records] == [("backward", 128), ("forward", 128)]
+    assert all(record["gbps"] >= 0 for record in records)
+    assert before == tiles.TILES
+    assert tuner.measure("cpu", 4, (200,), budget=-1.0) == []
