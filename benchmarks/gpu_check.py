@@ -1,6 +1,6 @@
 """One command that turns a GPU into evidence: build, tests, sanitizer, benchmark, tuning, each with a time limit.
 
-    make gpu-check [OUT=FOLDER] [STAGES=facts,tests,...]     (python benchmarks/gpu_check.py --out ... --stages ...)
+    make gpu-check [OUT=FOLDER] [STAGES=facts,tests,...]    (python benchmarks/gpu_check.py --out ... --stages ...)
 
 Each stage is a process of its own, so that one that fails or hangs costs the others nothing; all take 9 minutes at most.
 Every stage leaves <out>/<stage>.json with its command, outcome, seconds, the end of its output and what it found; the

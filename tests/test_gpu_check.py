@@ -1,4 +1,4 @@
-"""`make gpu-check` without a GPU: every stage starts or says why not, and what fails or hangs costs the others nothing."""
+"""`make gpu-check` without a GPU: each stage starts or says why not, and one that fails costs the others nothing."""
 
 from __future__ import annotations
 
