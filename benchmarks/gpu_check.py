@@ -2,10 +2,10 @@
 
     make gpu-check [OUT=FOLDER] [STAGES=facts,tests,...]    (python benchmarks/gpu_check.py --out ... --stages ...)
 
-Each stage is a process of its own, so that one that fails or hangs costs the others nothing; all take 9 minutes at most.
-Every stage leaves <out>/<stage>.json with its command, outcome, seconds, the end of its output and what it found; the
-table at the end is also in <out>/summary.md. Wheels that pip shall install first, without a network, may lie in the
-folder that the variable WHEELS names.
+Each stage is a process of its own, so that one that fails or hangs costs the others nothing; together they take at most
+9 minutes. Every stage leaves <out>/<stage>.json with its command, outcome, seconds, the end of its output and what it
+found; the table at the end is also in <out>/summary.md. Wheels that pip shall install first, without a network, may lie
+in the folder that the variable WHEELS names.
 """
 
 from __future__ import annotations
