@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from grpo_kernels import validation
-from grpo_kernels.types import ESTIMATORS, UPDATE_MODES
+from grpo_kernels.alpha_rules import ALPHA_RULES, moved_log_alpha
+from grpo_kernels.types import ESTIMATORS, PRIORS, UPDATE_MODES
 
 
 class GroupWeights(nn.Module):
@@ -25,7 +26,7 @@ class GroupWeights(nn.Module):
         num_groups: K; may be left out when ``group_sizes`` is given.
         group_sizes: (K,) whole numbers N_g >= 1, the pairs of each group in the training set. The importance
             estimator and the adjustment need them.
-        step_size: eta >= 0; 0 keeps alpha uniform.
+        step_size: eta >= 0; 0 keeps alpha uniform. For the default rule.
         estimator: "importance": L_g = (N / N_g) / B * sum of the group's pair losses, for pairs drawn from the pooled
             data. "group_mean": the mean over the batch's pairs of the group, for batches balanced over groups; a
             group that the batch lacks keeps its alpha.
@@ -37,6 +38,20 @@ class GroupWeights(nn.Module):
             floor / K and any can come back.
         chi: in [0, 1]: the loss is weighed by ``(1 - chi) / K + chi * alpha`` and the step is eta * chi. 1 is the
             method, 0 plain importance sampling (paper, appendix B.4).
+        rule: how the losses L_g move alpha; each rule takes one of the numbers below and refuses the others. mu is
+            the prior. Only the first goes on from the last alpha, and so averages over batches; give the others
+            large batches or ``loss_ema``.
+            "exponentiated_gradient" (step_size): as above.
+            "soft_maximum" (temperature): ``alpha = softmax(log mu + L / temperature)``.
+            "cvar" (level): ``max <alpha, L>`` over alpha_g <= mu_g / level; the worst ``level`` of the groups' mass.
+            "chi_squared" (radius): ``max <alpha, L>`` over sum_g (alpha_g - mu_g)^2 / mu_g <= radius.
+        temperature: tau > 0; a small one is the maximum, a large one the prior.
+        level: in (0, 1]; 1 is the prior, 1 / K or less with a uniform prior the worst group alone.
+        radius: >= 0; 0 is the prior.
+        prior: mu, "uniform" or "sizes" (N_g / N).
+        loss_ema: d in [0, 1): alpha is moved by a running mean of L_g, ``(1 - d) sum_j d^j L_g(t - j)``, its weights
+            normalised to 1. With "group_mean" a group's mean goes on when a batch has it, and it takes part in the
+            rule from the first time on.
 
     Attributes:
         skipped_updates: 0-d int64, updates left out because a group's loss was not finite.
@@ -56,21 +71,32 @@ class GroupWeights(nn.Module):
     pending_sums: Tensor
     pending_counts: Tensor
     skipped_updates: Tensor
+    ema_losses: Tensor
+    ema_weights: Tensor
 
     def __init__(
         self,
         num_groups: int | None = None,
         *,
         group_sizes: Any = None,
-        step_size: float,
+        step_size: float | None = None,
         estimator: str = "importance",
         adjustment: float = 0.0,
         update: str = "inline",
         floor: float = 0.0,
         chi: float = 1.0,
+        rule: str = "exponentiated_gradient",
+        temperature: float | None = None,
+        level: float | None = None,
+        radius: float | None = None,
+        prior: str = "uniform",
+        loss_ema: float = 0.0,
     ) -> None:
         super().__init__()
-        validation.check_number("step_size", step_size, 0.0)
+        numbers = {"step_size": step_size, "temperature": temperature, "level": level, "radius": radius}
+        self.rule_parameter = validation.rule_parameter(rule, numbers, ALPHA_RULES)
+        validation.check_choice("prior", prior, PRIORS)
+        validation.check_number("loss_ema", loss_ema, 0.0, 1.0, open_high=True)
         validation.check_number("adjustment", adjustment, 0.0)
         validation.check_number("floor", floor, 0.0, 1.0, open_high=True)
         validation.check_number("chi", chi, 0.0, 1.0)
@@ -83,12 +109,16 @@ class GroupWeights(nn.Module):
         if group_sizes is None:
             if num_groups is None:
                 raise ValueError("num_groups or group_sizes must be given, got neither")
-            if estimator == "importance" or adjustment:
-                reason = "estimator='importance'" if estimator == "importance" else f"adjustment={adjustment}"
+            if estimator == "importance" or adjustment or prior == "sizes":
+                reason = f"adjustment={adjustment}" if adjustment else "prior='sizes'"
+                reason = "estimator='importance'" if estimator == "importance" else reason
                 raise ValueError(f"group_sizes must be given for {reason}, got None")
         sizes = None if group_sizes is None else validation.group_sizes_tensor(group_sizes, num_groups)
         self.num_groups: int = int(sizes.shape[0]) if sizes is not None else int(num_groups or 0)
-        self.step_size = float(step_size)
+        self.rule = rule
+        self.step_size = self.rule_parameter if rule == "exponentiated_gradient" else 0.0
+        self.prior = prior
+        self.loss_ema = float(loss_ema)
         self.estimator = estimator
         self.adjustment = float(adjustment)
         self.update_mode = update
@@ -101,6 +131,9 @@ class GroupWeights(nn.Module):
         self.register_buffer("pending_sums", torch.empty(self.num_groups, dtype=torch.float64))
         self.register_buffer("pending_counts", torch.empty(self.num_groups, dtype=torch.int64))
         self.register_buffer("skipped_updates", torch.empty((), dtype=torch.int64))
+        for name in ("ema_losses", "ema_weights"):
+            buffer = torch.empty(self.num_groups, dtype=torch.float64) if loss_ema else None
+            self.register_buffer(name, buffer)
         self.reset_parameters()
         self.register_state_dict_pre_hook(GroupWeights._warn_before_saving)
 
@@ -111,6 +144,9 @@ class GroupWeights(nn.Module):
             self.pending_sums.zero_()
             self.pending_counts.zero_()
             self.skipped_updates.zero_()
+            if self.loss_ema:
+                self.ema_losses.zero_()
+                self.ema_weights.zero_()
 
     @property
     def alpha(self) -> Tensor:
@@ -139,15 +175,18 @@ class GroupWeights(nn.Module):
         self._check_statistics(group_loss_sums, group_counts)
         present = group_counts > 0
         losses = self.group_losses(group_loss_sums, group_counts)
-        if self.adjustment:
-            assert self.group_sizes is not None  # __init__ asked for them
-            losses = losses + self.adjustment / self.group_sizes.double().sqrt()
         if self.estimator == "importance":  # an absent group's loss of 0 is unbiased as it stands
             present = torch.ones_like(present)
         finite = torch.isfinite(group_loss_sums).all()
+        usable = finite & (group_counts.sum() > 0)
+        if self.loss_ema:
+            losses, present = self._averaged(losses, present & usable)
+        if self.adjustment:
+            assert self.group_sizes is not None  # __init__ asked for them
+            losses = losses + self.adjustment / self.group_sizes.double().sqrt()
         moved = self._moved_log_alpha(losses, present)
         # An empty batch, or one without finite losses, moves nothing.
-        self.log_alpha.copy_(torch.where(finite & (group_counts.sum() > 0), moved, self.log_alpha))
+        self.log_alpha.copy_(torch.where(usable, moved, self.log_alpha))
         self.skipped_updates.add_((~finite).long())
         if not torch.compiler.is_compiling() and self.log_alpha.device.type == "cpu":
             self._warn_if_skipped()
@@ -202,27 +241,36 @@ class GroupWeights(nn.Module):
 
     def extra_repr(self) -> str:
         return (
-            f"num_groups={self.num_groups}, step_size={self.step_size}, estimator={self.estimator!r}, "
-            f"adjustment={self.adjustment}, update={self.update_mode!r}, floor={self.floor}, chi={self.chi}"
+            f"num_groups={self.num_groups}, rule={self.rule!r}, "
+            f"{ALPHA_RULES[self.rule].parameter}={self.rule_parameter}, estimator={self.estimator!r}, "
+            f"adjustment={self.adjustment}, update={self.update_mode!r}, floor={self.floor}, chi={self.chi}, "
+            f"prior={self.prior!r}, loss_ema={self.loss_ema}"
         )
 
     def _moved_log_alpha(self, losses: Tensor, present: Tensor) -> Tensor:
-        """log alpha after one step: the present groups share their mass anew, the absent ones keep theirs.
+        """log alpha after one step of the rule on ``chi * losses``."""
+        log_prior = torch.zeros_like(losses)
+        if self.prior == "sizes":
+            assert self.group_sizes is not None  # __init__ asked for them
+            log_prior = self.group_sizes.double().log()
+        return moved_log_alpha(
+            self.log_alpha,
+            self.chi * losses,
+            present,
+            log_prior,
+            rule=self.rule,
+            parameter=self.rule_parameter,
+            floor=self.floor,
+        )
 
-        alpha_g = floor/K + (mass of the present - floor/K each) * softmax_g(log alpha + eta L) over the present.
-        """
-        score = self.log_alpha + self.step_size * self.chi * losses
-        score = score.masked_fill(~present, -math.inf)
-        log_share = score - score.logsumexp(0)
-        log_mass = self.log_alpha.masked_fill(~present, -math.inf).logsumexp(0)
-        if self.floor:
-            least = self.floor / self.num_groups
-            above = (log_mass.exp() - least * present.double().sum()).clamp(min=0)
-            moved = torch.logaddexp(torch.full_like(log_share, math.log(least)), above.log() + log_share)
-        else:
-            moved = log_mass + log_share
-        moved = torch.where(present, moved, self.log_alpha)
-        return moved - moved.logsumexp(0)  # rounding must not drift off the simplex over a million steps
+    def _averaged(self, losses: Tensor, seen_now: Tensor) -> tuple[Tensor, Tensor]:
+        """(running mean of each group's loss, groups seen so far), after the groups seen now have been taken in."""
+        decay = self.loss_ema
+        kept = decay * self.ema_losses + (1 - decay) * losses
+        self.ema_losses.copy_(torch.where(seen_now, kept, self.ema_losses))
+        self.ema_weights.copy_(torch.where(seen_now, decay * self.ema_weights + (1 - decay), self.ema_weights))
+        seen = self.ema_weights > 0
+        return torch.where(seen, self.ema_losses / self.ema_weights, 0), seen
 
     def _check_statistics(self, group_loss_sums: Tensor, group_counts: Tensor) -> None:
         validation.check_float_tensor("group_loss_sums", group_loss_sums)
@@ -290,6 +338,9 @@ class GroupWeights(nn.Module):
         if mine is not None and theirs is not None and mine.tolist() != theirs.tolist():
             error_msgs.append(f"group_sizes of the checkpoint {theirs.tolist()} are not this module's {mine.tolist()}")
             return
+        if self.loss_ema and f"{prefix}log_alpha" in state_dict:  # saved without loss_ema: the mean begins anew
+            for name in ("ema_losses", "ema_weights"):
+                state_dict.setdefault(f"{prefix}{name}", torch.zeros_like(state_dict[f"{prefix}log_alpha"]))
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )

@@ -10,11 +10,13 @@ from torch import Tensor
 LossType = Literal["sigmoid", "ipo", "hinge", "robust"]
 Estimator = Literal["importance", "group_mean"]
 UpdateMode = Literal["inline", "lagged"]
+Prior = Literal["uniform", "sizes"]
 Backend = Literal["auto", "triton", "torch", "reference"]
 
 LOSS_TYPES: tuple[str, ...] = get_args(LossType)
 ESTIMATORS: tuple[str, ...] = get_args(Estimator)
 UPDATE_MODES: tuple[str, ...] = get_args(UpdateMode)
+PRIORS: tuple[str, ...] = get_args(Prior)
 
 IGNORE_INDEX = -100
 """Label of a position that does not count (prompt, padding): PyTorch's own convention."""

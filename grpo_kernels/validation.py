@@ -140,6 +140,20 @@ def check_loss_options(loss_type: str, label_smoothing: float, loss_types: dict[
         raise ValueError(f"label_smoothing has no meaning for loss_type={loss_type!r}, got {label_smoothing}")
 
 
+def rule_parameter(rule: str, numbers: dict[str, float | None], rules: dict[str, Any]) -> float:
+    """The one number that the rule takes; the others must be None. ``rules`` is alpha_rules.ALPHA_RULES."""
+    check_choice("rule", rule, tuple(rules))
+    entry = rules[rule]
+    for name, value in numbers.items():
+        if name != entry.parameter and value is not None:
+            raise ValueError(f"{name} has no meaning for rule={rule!r}, which takes {entry.parameter}; got {value}")
+    value = numbers[entry.parameter]
+    if value is None:
+        raise ValueError(f"{entry.parameter} must be given for rule={rule!r}, got None")
+    check_number(entry.parameter, value, entry.low, entry.high, open_low=entry.open_low)
+    return float(value)
+
+
 def check_beta(beta: Any, num_pairs: int | None = None, device: torch.device | None = None) -> None:
     """A positive finite number, or one for each pair. A tensor's values are checked in debug mode."""
     if not isinstance(beta, Tensor):
