@@ -9,7 +9,7 @@ from torch import Tensor
 
 from grpo_kernels import validation
 
-STRATEGIES = ("pooled", "group", "balanced")
+STRATEGIES = ("pooled", "group", "uniform", "balanced")
 
 
 class GroupBatchSampler:
@@ -19,7 +19,8 @@ class GroupBatchSampler:
         group_ids: (N,) the group of each pair, in [0, K).
         batch_size: pairs a batch.
         strategy: "pooled": shuffled epochs over all pairs. "group": for each slot g ~ Categorical(N_g / N), then a
-            pair of g uniformly (paper, algorithm 1). "balanced": the slots go round the groups, a uniform pair of
+            pair of g uniformly (paper, algorithm 1). "uniform": the same with g uniform over the groups (algorithm 3);
+            use ``estimator="group_mean"`` with it. "balanced": the slots go round the groups, a uniform pair of
             each; use ``estimator="group_mean"`` with it.
         seed: batches are a function of (seed, step).
         start_step: the first batch that iteration yields.
@@ -41,8 +42,8 @@ class GroupBatchSampler:
         num_groups = int(ids.max()) + 1
         self._members = [(ids == group).nonzero().squeeze(1) for group in range(num_groups)]
         empty = [group for group, members in enumerate(self._members) if members.numel() == 0]
-        if empty and strategy == "balanced":
-            raise ValueError(f"group_ids must have a pair of each group for strategy='balanced', got none of {empty}")
+        if empty and strategy in ("uniform", "balanced"):
+            raise ValueError(f"group_ids must have a pair of each group for strategy={strategy!r}, got none of {empty}")
         self._num_pairs = ids.numel()
         self.batch_size = batch_size
         self.strategy = strategy
@@ -54,8 +55,9 @@ class GroupBatchSampler:
         if self.strategy == "pooled":
             return self._pooled(step)
         generator = self._generator(step)
-        if self.strategy == "group":
-            shares = torch.tensor([float(members.numel()) for members in self._members])
+        if self.strategy in ("group", "uniform"):
+            sizes = [members.numel() if self.strategy == "group" else 1 for members in self._members]
+            shares = torch.tensor(sizes, dtype=torch.float32)
             groups = torch.multinomial(shares, self.batch_size, replacement=True, generator=generator).tolist()
         else:
             first = step * self.batch_size

@@ -192,7 +192,7 @@ class TrainingJob:
         weights = GroupWeights(
             group_sizes=sizes,
             step_size=resolved_step_size(config) if robust else 0.0,
-            estimator="group_mean" if robust and config.sampling == "balanced" else "importance",
+            estimator="group_mean" if robust and config.sampling in ("uniform", "balanced") else "importance",
         ).to(self.device)
         loss_fn = GroupRobustLoss(
             weights,

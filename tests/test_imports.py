@@ -21,6 +21,7 @@ ORDER = [
     {"group_weights"},
     {"losses"},
     {"data", "sampling"},
+    {"algorithm"},
     {"embedded_task"},
     {"integrations"},
     {"report"},

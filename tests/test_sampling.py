@@ -44,6 +44,12 @@ def test_group_draws_in_the_groups_shares() -> None:
         assert counts[group] / 10_000 == pytest.approx(share, abs=4 * (share * (1 - share) / 10_000) ** 0.5)
 
 
+def test_uniform_draws_each_group_alike_in_the_mean() -> None:
+    counts = groups_drawn("uniform", 500)
+    for group in range(3):
+        assert counts[group] / 10_000 == pytest.approx(1 / 3, abs=4 * (2 / 9 / 10_000) ** 0.5)
+
+
 def test_balanced_draws_each_group_alike() -> None:
     counts = groups_drawn("balanced", 300)
     assert set(counts.values()) == {2000}
@@ -61,7 +67,7 @@ def test_members_of_a_group_are_drawn_uniformly() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((IDS, 8, "stratified"), "strategy must be one of 'pooled', 'group', 'balanced', got 'stratified'"),
+        ((IDS, 8, "stratified"), "strategy must be one of 'pooled', 'group', 'uniform', 'balanced', got 'stratified'"),
         ((IDS, 0, "pooled"), "batch_size must be finite and in"),
         (([], 8, "pooled"), r"group_ids must have shape \(N,\)"),
         (([0, 2], 8, "balanced"), r"a pair of each group for strategy='balanced', got none of \[1\]"),
