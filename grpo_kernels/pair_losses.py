@@ -27,10 +27,14 @@ class PairLoss:
 
 
 def _sigmoid(h: Tensor, beta: Beta, e: float) -> Tensor:
+    if not e:  # the usual, at half the cost
+        return -logsigmoid(beta * h)
     return -(1 - e) * logsigmoid(beta * h) - e * logsigmoid(-beta * h)
 
 
 def _sigmoid_derivative(h: Tensor, beta: Beta, e: float) -> Tensor:
+    if not e:
+        return -beta * torch.sigmoid(-beta * h)
     return beta * (e * torch.sigmoid(beta * h) - (1 - e) * torch.sigmoid(-beta * h))
 
 
