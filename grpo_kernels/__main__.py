@@ -1,4 +1,4 @@
-"""The command line: train, bench, doctor."""
+"""The command line: train, bench, doctor, reproduce."""
 
 from __future__ import annotations
 
@@ -20,7 +20,23 @@ def parser() -> argparse.ArgumentParser:
     doctor = commands.add_parser("doctor", help="show versions, devices and which backends are usable")
     doctor.add_argument("--kernels", action="store_true", help="compile the Triton kernels and report on the outcome")
     doctor.add_argument("--json", action="store_true", help="for programs")
+    _add_reproduce(commands.add_parser("reproduce", help="the paper's bandit experiment and convergence, in a minute"))
     return top
+
+
+def _add_reproduce(command: argparse.ArgumentParser) -> None:
+    from grpo_kernels.reproduce import ReproduceConfig
+
+    defaults = ReproduceConfig()
+    for name, help_text in (
+        ("seeds", "draws of data and starting point"),
+        ("iterations", "of the DPO methods"),
+        ("ipo_iterations", "of the IPO methods (closed form)"),
+        ("max_horizon", "largest T of the convergence curves"),
+    ):
+        flag, default = "--" + name.replace("_", "-"), getattr(defaults, name)
+        command.add_argument(flag, type=int, default=default, help=help_text + " (default: %(default)s)")
+    command.add_argument("--out", help="folder for results.json and pictures; default: runs/reproduce-<date and time>")
 
 
 def _add_train(command: argparse.ArgumentParser) -> None:
@@ -74,6 +90,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             from grpo_kernels import bench
 
             return bench.command(arguments["out"], arguments["quick"])
+        if name == "reproduce":
+            from grpo_kernels import reproduce
+
+            return reproduce.command(reproduce.ReproduceConfig(**arguments))
         from grpo_kernels import train
 
         resume = arguments.pop("resume")

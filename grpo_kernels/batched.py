@@ -116,7 +116,7 @@ def run_full_batch(
     step_size: float,
     iterations: int,
     record_every: int,
-    on_record: Callable[[int], None] = lambda done: None,
+    on_record: Callable[[int, float], None] = lambda done, worst_loss: None,
 ) -> Runs:
     """Each iteration: group losses at theta -> step of alpha (eta = step_size) -> theta_step with the new weights.
 
@@ -135,7 +135,7 @@ def run_full_batch(
             runs.iterations.append(iteration)
             runs.alphas.append(runs.log_alpha.exp())
             runs.losses.append(validation.group_losses(runs.theta, loss_type, beta))
-            on_record(iteration)
+            on_record(iteration, float(runs.losses[-1].amax(-1).mean()))
         if iteration == iterations:
             break
         margins = train.margins(runs.theta)

@@ -21,11 +21,13 @@ ORDER = [
     {"group_weights"},
     {"losses"},
     {"data", "sampling"},
-    {"algorithm"},
+    {"algorithm", "bandit", "batched"},
+    {"convergence", "claims"},
     {"embedded_task"},
     {"integrations"},
     {"report"},
-    {"doctor", "train", "bench"},
+    {"reproduce_report"},
+    {"doctor", "train", "bench", "reproduce"},
     {"__main__"},
 ]
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
