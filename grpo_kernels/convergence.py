@@ -117,7 +117,7 @@ def average_iterates(problem: SaddleProblem, horizon: int, draws: Tensor, steps:
 
 
 @torch.no_grad()
-def duality_gaps(problem: SaddleProblem, theta: Tensor, alpha: Tensor, iterations: int = 3000) -> Tensor:
+def duality_gaps(problem: SaddleProblem, theta: Tensor, alpha: Tensor, iterations: int = 1000) -> Tensor:
     """(R,): max_g L_g(theta) - min over Theta of sum_g alpha_g L_g, from theta (R, F) and alpha (R, K).
 
     The minimum is found by accelerated projected gradient descent with restarts where the value rises.

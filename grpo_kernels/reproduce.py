@@ -22,7 +22,16 @@ from torch import Tensor
 
 from grpo_kernels import report, reproduce_report, validation
 from grpo_kernels.bandit import FEATURES, NUM_GROUPS, SCENARIOS, Bandit, draw_bandit, reward_errors
-from grpo_kernels.batched import METHODS, Method, PairBatch, Runs, closed_form_step, gradient_step, run_full_batch
+from grpo_kernels.batched import (
+    METHODS,
+    Method,
+    PairBatch,
+    Runs,
+    closed_form_step,
+    gradient_step,
+    one_thread,
+    run_full_batch,
+)
 from grpo_kernels.claims import check_claims
 from grpo_kernels.convergence import bandit_in_a_ball, gap_curve, one_dimensional
 
@@ -211,10 +220,6 @@ def command(config: ReproduceConfig) -> int:
     for name in ("seeds", "iterations", "ipo_iterations"):
         validation.check_number(name, getattr(config, name), 1)
     validation.check_number("max_horizon", config.max_horizon, 512)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # the tensors are small: handing work to other threads costs more than it saves
-    try:
+    with one_thread():
         run(config, Path(config.out or f"runs/reproduce-{datetime.now():%Y%m%d-%H%M%S}"))
-    finally:
-        torch.set_num_threads(threads)
     return 0
