@@ -34,7 +34,13 @@ def test_python_blocks_run_in_order() -> None:
 
 def test_no_block_is_left_out() -> None:
     assert {language for language, _ in BLOCKS} == {"python", "sh"}
-    known = {"make train", "make test", "python -m grpo_kernels doctor", "pip install -c constraints.txt -e ."}
+    known = {
+        "make train",
+        "make test",
+        "python -m grpo_kernels doctor",
+        "python -m grpo_kernels reproduce",
+        "pip install -c constraints.txt -e .",
+    }
     assert known <= set(SHELL)
     assert [command for command in SHELL if command not in known] == [training_command()]
 
@@ -86,8 +92,9 @@ def test_training_on_your_own_pairs(tmp_path: Path) -> None:
 
 
 def test_pictures_and_links_exist() -> None:
-    for target in re.findall(r"\]\(((?!http)[^)]+)\)", TEXT):
-        assert (ROOT / target).exists(), target
+    for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
+        for target in re.findall(r"\]\(((?!http)[^)]+)\)", page.read_text()):
+            assert (page.parent / target).exists(), f"{page.name}: {target}"
 
 
 def test_benchmark_table_is_that_of_the_records() -> None:

@@ -1,0 +1,166 @@
+"""The paper's claims on the bandit with the paper's own settings and 20 seeds, and what `reproduce` leaves."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from grpo_kernels import claims, reproduce
+from grpo_kernels.__main__ import main
+from grpo_kernels.bandit import FEATURES, SCENARIOS
+from grpo_kernels.batched import METHODS, Method, one_thread
+from grpo_kernels.reproduce_report import wins
+
+ROOT = Path(__file__).parent.parent
+DOCUMENT, README = (ROOT / "docs" / "method.md").read_text(), (ROOT / "README.md").read_text()
+SEEDS = 20
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    with one_thread():
+        yield
+
+
+@pytest.fixture(scope="module")
+def swapped() -> dict[str, Any]:
+    """The comparison of the paper's main features, as the command runs it."""
+    results: dict[str, Any] = {"comparison": [], "chi": [], "config": {"seeds": SEEDS}}
+    cells = [(scenario, "swapped") for scenario in SCENARIOS]
+    with one_thread():
+        draws = reproduce.Draws.of(cells, SEEDS)
+        for family in reproduce.FAMILIES:
+            iterations = 100 if family.loss_type == "ipo" else 10_000
+            runs = reproduce.run_family(family, draws, METHODS, iterations)
+            results["comparison"] += reproduce.comparison_records(family, draws, runs, SEEDS)
+    return results
+
+
+@pytest.mark.parametrize("family", ["DPO", "IPO"])
+def test_group_robust_has_the_smallest_worst_group_loss_in_all_scenarios(swapped, family: str) -> None:
+    assert claims.smallest_worst_loss(swapped, family, "swapped").holds
+    assert claims.lead_is_larger(swapped, family).holds
+    assert claims.never_worse_on_training_pairs(swapped, family).holds
+    for scenario in ("ii", "iii"):
+        assert wins(swapped, scenario, "swapped", family, "worst_loss") >= 15
+        assert wins(swapped, scenario, "swapped", family, "reward_error") == SEEDS
+
+
+@pytest.mark.parametrize("family", ["DPO", "IPO"])
+def test_alpha_of_the_hard_group(swapped, family: str) -> None:
+    assert claims.alpha_of_the_hard_group(swapped, family).holds
+
+
+def test_the_document_prints_these_numbers(swapped) -> None:
+    """The rows of docs/method.md, within one of the last digit."""
+    rows = re.findall(r"^\| (DPO|IPO) \| swapped \| \((i+)\) \|(.*)\|$", DOCUMENT, re.M)
+    assert len(rows) == 6
+    for family, scenario, rest in rows:
+        printed = [[float(x) for x in re.findall(r"[\d.]+", column)] for column in rest.split("|")]
+        for method, (mean, spread) in zip((family, f"IS-{family}", f"GR-{family}"), printed, strict=False):
+            loss = claims.cell(swapped, scenario, "swapped", method)["worst_loss"]
+            digit = 0.001 if family == "DPO" else 0.01
+            assert (mean, spread) == pytest.approx((loss["mean"], loss["sd"]), abs=1.5 * digit)
+        assert printed[3] == [wins(swapped, scenario, "swapped", family, "worst_loss")]
+        alpha = claims.cell(swapped, scenario, "swapped", f"GR-{family}")["alpha_of_group_0"]["mean"]
+        assert printed[4] == pytest.approx([alpha], abs=0.0015)
+
+
+def test_the_readme_has_the_documents_means() -> None:
+    for scenario in SCENARIOS:
+        row = re.search(rf"^\| \({scenario}\) [^|]*\|(.*)\|$", README, re.M)
+        rows = re.findall(rf"^\| (?:DPO|IPO) \| swapped \| \({scenario}\) \|(.*)\|$", DOCUMENT, re.M)
+        means = [column.split("±")[0].strip() for one in rows for column in one.split("|")[:3]]
+        assert row is not None
+        assert [column.strip(" *") for column in row[1].split("|")] == means
+
+
+def sweep(
+    family: reproduce.Family, seeds: int, iterations: int, monkeypatch, chis: tuple[float, ...]
+) -> dict[str, Any]:
+    monkeypatch.setattr(reproduce, "CHIS", chis)
+    draws = reproduce.Draws.of([reproduce.CHI_SCENARIO], seeds)
+    runs = reproduce.run_family(family, draws, tuple(Method("", chi) for chi in chis), iterations)
+    return {"chi": reproduce.chi_records(family, draws, runs)}
+
+
+def test_chi_trades_the_worst_group_for_the_average(swapped, monkeypatch: pytest.MonkeyPatch) -> None:
+    dpo, ipo = reproduce.FAMILIES
+    results = {**swapped, **sweep(ipo, SEEDS, 100, monkeypatch, reproduce.CHIS)}
+    assert claims.chi_on_training_pairs(results, "IPO").holds, "each seed"
+    assert claims.chi_zero_is_importance_sampling(results, "IPO").holds
+    results = {**swapped, **sweep(dpo, SEEDS, 10_000, monkeypatch, (0.0, 0.2, 0.4, 0.7, 1.0))}
+    assert claims.chi_on_validation_pairs(results, "DPO").holds, "the mean of the seeds"
+    assert claims.chi_zero_is_importance_sampling(results, "DPO").holds
+
+
+def test_claims_notice_what_does_not_hold(swapped) -> None:
+    """The checks themselves: each says no when the numbers are turned round."""
+    turned = json.loads(json.dumps(swapped))
+    for record in turned["comparison"]:
+        if record["method"].startswith("GR"):
+            for measure in ("worst_loss", "training_worst_loss"):
+                record[measure]["mean"] += 5
+                record[measure]["per_seed"] = [value + 5 for value in record[measure]["per_seed"]]
+            record["alpha_of_group_0"]["per_seed"][3] = 0.4
+    assert not claims.smallest_worst_loss(turned, "DPO", "swapped").holds
+    assert not claims.never_worse_on_training_pairs(turned, "IPO").holds
+    assert claims.never_worse_on_training_pairs(turned, "DPO").detail == f"{3 * SEEDS} exceptions"
+    assert not claims.alpha_of_the_hard_group(turned, "DPO").holds
+    falls, rises = torch.tensor([3.0, 2.0, 1.0]), torch.tensor([1.0, 2.0, 3.0])
+    for worst, average, holds in (
+        (falls, rises, True),
+        (rises, falls, False),
+        (falls, falls.flip(0)[[0, 2, 1]], False),
+    ):
+        chi = [
+            {"family": "DPO", "validation_worst": reproduce.summary(w), "validation_average": reproduce.summary(a)}
+            for w, a in zip(worst.unsqueeze(1), average.unsqueeze(1), strict=True)
+        ]
+        assert claims.chi_on_validation_pairs({"chi": chi}, "DPO").holds is holds
+    curve = {"problem": "", "scale": 1.0, "slope": -0.5, "gaps": [[0.1, 0.3]], "bounds": [0.2]}
+    assert not claims.gap_slopes({"convergence": [curve]})[0].holds, "one gap is above the bound"
+    assert claims.gap_slopes({"convergence": [{**curve, "bounds": [0.4]}]})[0].holds
+    assert not claims.gap_slopes({"convergence": [{**curve, "bounds": [0.4], "slope": -0.2}]})[0].holds
+
+
+def test_losses_at_theta_zero() -> None:
+    assert claims.losses_at_zero().holds
+    draws = reproduce.Draws.of([("i", "swapped")], 1)
+    zero = torch.zeros(1, 1, 4, dtype=torch.float64)
+    torch.testing.assert_close(
+        draws.train.group_losses(zero, "sigmoid", 1.0)[0, 0], torch.tensor(2.0).double().log().expand(2)
+    )
+    torch.testing.assert_close(draws.train.group_losses(zero, "ipo", 0.1)[0, 0], torch.tensor(25.0).double().expand(2))
+
+
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--seeds", "2", "--iterations", "30", "--ipo-iterations", "20", "--max-horizon", "512"]
+    assert main(["reproduce", *options, "--out", str(tmp_path / "out")]) == 0
+    shown = capsys.readouterr().out
+    for text in ("GR-DPO", "IS-IPO", "swapped", "flipped", "wins", "holds", "does not hold", "slope"):
+        assert text in shown
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        "results.json", "curves.png", "methods.png", "chi.png", "gap.png",
+    }  # fmt: skip
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    cells = {(r["scenario"], r["features"], r["method"]) for r in results["comparison"]}
+    assert len(cells) == len(results["comparison"]) == len(SCENARIOS) * len(FEATURES) * 6
+    for record in results["comparison"]:
+        for measure in ("worst_loss", "reward_error"):
+            values = torch.tensor(record[measure]["per_seed"], dtype=torch.float64)
+            assert values.shape == (2,)
+            assert record[measure]["mean"] == pytest.approx(values.mean().item())
+            assert record[measure]["sd"] == pytest.approx(values.std().item())
+    assert len(results["chi"]) == 2 * len(reproduce.CHIS)
+    assert main(["reproduce", "--seeds", "0"]) == 2
+    assert "seeds must be finite and in" in capsys.readouterr().err
+
+
+def test_one_seed_has_no_spread() -> None:
+    assert reproduce.summary(torch.tensor([2.0])) == {"mean": 2.0, "sd": 0.0, "per_seed": [2.0]}
