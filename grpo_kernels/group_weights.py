@@ -153,6 +153,11 @@ class GroupWeights(nn.Module):
         """(K,) float64, on the simplex: a copy."""
         return self.log_alpha.exp()
 
+    @property
+    def is_default_rule(self) -> bool:
+        """True where the update is the plain exponentiated gradient, the one that the fused kernels have."""
+        return self.rule == "exponentiated_gradient" and not self.loss_ema
+
     def loss_weights(self) -> Tensor:
         """(K,) float64: what weighs L_g in the loss; alpha, mixed with the uniform weights if chi < 1."""
         return (1 - self.chi) / self.num_groups + self.chi * self.alpha

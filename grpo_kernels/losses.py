@@ -199,7 +199,7 @@ class GroupRobustLoss(_GroupRobustLossBase):
         labels, entry = aligned_labels_and_backend(
             logits, labels, cu_seqlens, self.shift_labels, self.ignore_index, self.backend
         )
-        if entry.fuses_loss:
+        if entry.fuses_loss and self.group_weights.is_default_rule:
             beta = self.beta if beta is None else beta
             self._check_pairs(num_sequences // 2, logits.device, group_ids, ref_logps, beta, margin, weights)
             arguments = (logits, labels, group_ids, ref_logps, cu_seqlens, beta, margin, weights)

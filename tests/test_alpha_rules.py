@@ -8,6 +8,7 @@ import math
 
 import pytest
 import torch
+from conftest import batch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -144,6 +145,25 @@ def test_group_weights_follow_the_rule(case: tuple[str, float]) -> None:
     loss = gk.GroupRobustLoss(weights, reference_free=True)
     out = loss.from_logps(torch.randn(8, requires_grad=True), torch.tensor([0, 1, 2, 0]))
     assert torch.isfinite(out.loss)
+
+
+@pytest.mark.parametrize("case", [*CASES[::3], "loss_ema"])
+def test_all_backends_move_alpha_by_the_rule(case, backend: str) -> None:
+    """Backends that fuse the update have the default rule only; the others must not be taken for it."""
+    if case == "loss_ema":
+        options = {"step_size": 0.5, "loss_ema": 0.5}
+    else:
+        options = {"rule": case[0], ALPHA_RULES[case[0]].parameter: case[1]}
+    logits, labels = batch(num_pairs=4, dtype=torch.float32)
+    alphas = []
+    for name in ("reference", backend):
+        weights = gk.GroupWeights(group_sizes=[60, 35, 5], **options)
+        loss_fn = gk.GroupRobustLoss(weights, reference_free=True, backend=name)
+        for _ in range(2):
+            out = loss_fn(logits, labels, torch.tensor([0, 1, 2, 0]))
+        out.loss.backward()
+        alphas.append(out.alpha)
+    torch.testing.assert_close(alphas[0], alphas[1], rtol=1e-4, atol=1e-6)
 
 
 def test_rules_without_memory_forget() -> None:
