@@ -5,7 +5,7 @@ from grpo_kernels.dispatch import backends
 from grpo_kernels.functional import linear_sequence_logps, preference_losses, sequence_logps, token_logps
 from grpo_kernels.group_weights import GroupWeights
 from grpo_kernels.losses import GroupRobustLoss, LinearGroupRobustLoss
-from grpo_kernels.types import IGNORE_INDEX, GroupRobustOutput
+from grpo_kernels.types import IGNORE_INDEX, GroupRobustOutput, VocabShard
 
 __all__ = [
     "IGNORE_INDEX",
@@ -13,6 +13,7 @@ __all__ = [
     "GroupRobustOutput",
     "GroupWeights",
     "LinearGroupRobustLoss",
+    "VocabShard",
     "__version__",
     "backends",
     "linear_sequence_logps",

@@ -96,7 +96,7 @@ def kernels_of(name: str) -> KernelBackend:
     """The module that implements the contract."""
     module = entry_of(name).module
     if module is None:
-        raise ValueError(f"backend {name!r} has no kernels")
+        raise NotImplementedError(f"backend={name!r} is plain PyTorch on whole rows: it cannot run with vocab_shard")
     return cast(KernelBackend, importlib.import_module(module))
 
 

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from grpo_kernels import dispatch, reference, validation
 from grpo_kernels.autograd import LinearTokenLogps, PairLossFunction, TokenLogps
+from grpo_kernels.distributed import vocab_parallel
+from grpo_kernels.distributed.context_parallel import SumOverRanks
 from grpo_kernels.pair_losses import PAIR_LOSSES
 from grpo_kernels.segments import packed_sequence_ids, segment_sum
-from grpo_kernels.types import IGNORE_INDEX
+from grpo_kernels.types import IGNORE_INDEX, VocabShard
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 def sequence_logps(
@@ -21,6 +29,8 @@ def sequence_logps(
     ignore_index: int = IGNORE_INDEX,
     average: bool = False,
     inplace_backward: bool = False,
+    vocab_shard: VocabShard | None = None,
+    context_group: ProcessGroup | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """Log-probability of each sequence's counted labels.
@@ -40,6 +50,10 @@ def sequence_logps(
         inplace_backward: the backward writes the gradient over the logits, which saves their size in memory. Nobody
             else may need them: PyTorch raises on a later read by autograd, but logits that are a leaf are destroyed.
             torch.compile ignores it.
+        vocab_shard: the logits are this rank's columns; one all-gather of two numbers a token. Logits that are a
+            DTensor sharded on the vocabulary say so themselves.
+        context_group: the rows are this rank's positions of each sequence (labels too, shifted before they were split:
+            see `shift_labels`); one all-reduce of a number a sequence.
         backend: "auto", or a name from `grpo_kernels.backends`.
 
     Returns:
@@ -56,11 +70,13 @@ def sequence_logps(
 
     Source: Ramesh et al. 2024, section 2 (pi_theta(y | x) as a sum over tokens).
     """
-    labels, entry = aligned_labels_and_backend(logits, labels, cu_seqlens, shift_labels, ignore_index, backend)
-    if entry.module is None:
+    labels, entry = aligned_labels_and_backend(
+        logits, labels, cu_seqlens, shift_labels, ignore_index, backend, vocab_shard, context_group
+    )
+    if entry.module is None and context_group is None:
         return reference.sequence_logps(logits, labels, cu_seqlens, ignore_index, average)
-    token_logps = TokenLogps.apply(logits, labels, ignore_index, inplace_backward, entry.name)
-    return _sum_over_sequences(token_logps, labels, cu_seqlens, ignore_index, average)
+    per_token = _token_logps(logits, labels, ignore_index, inplace_backward, vocab_shard, entry)
+    return _sum_over_sequences(per_token, labels, cu_seqlens, ignore_index, average, context_group)
 
 
 def token_logps(
@@ -71,6 +87,7 @@ def token_logps(
     shift_labels: bool = False,
     ignore_index: int = IGNORE_INDEX,
     inplace_backward: bool = False,
+    vocab_shard: VocabShard | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """Log-probability of each label, for losses that need more than its sum over a sequence.
@@ -85,10 +102,10 @@ def token_logps(
         >>> token_logps(torch.zeros(1, 3, 4), torch.tensor([[1, 2, -100]]))
         tensor([[-1.3863, -1.3863,  0.0000]])
     """
-    labels, entry = aligned_labels_and_backend(logits, labels, cu_seqlens, shift_labels, ignore_index, backend)
-    if entry.module is None:
-        return reference.token_logps(logits, labels, ignore_index)
-    return TokenLogps.apply(logits, labels, ignore_index, inplace_backward, entry.name)
+    labels, entry = aligned_labels_and_backend(
+        logits, labels, cu_seqlens, shift_labels, ignore_index, backend, vocab_shard
+    )
+    return _token_logps(logits, labels, ignore_index, inplace_backward, vocab_shard, entry)
 
 
 def linear_sequence_logps(
@@ -101,6 +118,8 @@ def linear_sequence_logps(
     shift_labels: bool = False,
     ignore_index: int = IGNORE_INDEX,
     average: bool = False,
+    vocab_shard: VocabShard | None = None,
+    context_group: ProcessGroup | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """`sequence_logps` of ``hidden @ weight.T + bias`` without ever holding those logits.
@@ -109,8 +128,11 @@ def linear_sequence_logps(
         hidden: (S, T, D), or packed (N, D) with ``cu_seqlens``: the last hidden states.
         weight: (V, D), the language-model head. It must have hidden's dtype, except under autocast, where all are
             cast as ``torch.nn.functional.linear`` would.
-        labels, cu_seqlens, shift_labels, ignore_index, average, backend: as in `sequence_logps`.
+        labels, cu_seqlens, shift_labels, ignore_index, average, context_group, backend: as in `sequence_logps`.
         bias: (V,) or None.
+        vocab_shard: weight and bias are this rank's rows; hidden is the same on every rank of the shard's group (or
+            this rank's part of the positions, ``VocabShard(sequence_parallel=True)``), and its gradient is summed
+            over them.
 
     Returns:
         (S,) float32 (float64 for float64 hidden). Differentiable once in hidden, weight and bias; a frozen one gets no
@@ -124,16 +146,29 @@ def linear_sequence_logps(
         tensor([-2.7726])
     """
     validation.check_float_tensor("weight", weight)
-    validation.check_rows_and_labels("hidden", hidden, labels, cu_seqlens, ignore_index, weight.shape[0])
+    validation.check_float_tensor("hidden", hidden)
     hidden, weight, bias = _autocast(hidden, weight, bias)
     validation.check_head(hidden, weight, bias)
-    if shift_labels:
-        labels = _shifted(labels, cu_seqlens, ignore_index)
+    num_columns = weight.shape[0]
+    rows = hidden if vocab_shard is None else vocab_parallel.like_whole_hidden(hidden, vocab_shard)
+    if vocab_shard is not None:
+        validation.check_vocab_shard(vocab_shard, "weight", num_columns)
+    validation.check_rows_and_labels(
+        "hidden", rows, labels, cu_seqlens, ignore_index, None if vocab_shard else num_columns
+    )
+    labels = _aligned(labels, cu_seqlens, shift_labels, ignore_index, context_group)
     entry = dispatch.select(backend, dispatch.Request("hidden", tuple(hidden.shape), hidden.dtype, hidden.device))
-    if entry.module is None:
+    if vocab_shard is not None:
+        per_token = vocab_parallel.VocabParallelLinearTokenLogps.apply(
+            hidden, weight, bias, labels, ignore_index, vocab_shard, dispatch.kernels_of(entry.name)
+        )
+    elif entry.module is None and context_group is None:
         return reference.linear_sequence_logps(hidden, weight, bias, labels, cu_seqlens, ignore_index, average)
-    token_logps = LinearTokenLogps.apply(hidden, weight, bias, labels, ignore_index, entry.name)
-    return _sum_over_sequences(token_logps, labels, cu_seqlens, ignore_index, average)
+    elif entry.module is None:
+        per_token = reference.token_logps(F.linear(hidden, weight, bias), labels, ignore_index)
+    else:
+        per_token = LinearTokenLogps.apply(hidden, weight, bias, labels, ignore_index, entry.name)
+    return _sum_over_sequences(per_token, labels, cu_seqlens, ignore_index, average, context_group)
 
 
 def preference_losses(
@@ -187,14 +222,58 @@ def preference_losses(
 
 
 def aligned_labels_and_backend(
-    logits: Tensor, labels: Tensor, cu_seqlens: Tensor | None, shift_labels: bool, ignore_index: int, backend: str
+    logits: Tensor,
+    labels: Tensor,
+    cu_seqlens: Tensor | None,
+    shift_labels: bool,
+    ignore_index: int,
+    backend: str,
+    vocab_shard: VocabShard | None = None,
+    context_group: ProcessGroup | None = None,
 ) -> tuple[Tensor, dispatch.BackendEntry]:
     """What every function of logits does first: validate, shift the labels if asked, select a backend."""
-    validation.check_rows_and_labels("logits", logits, labels, cu_seqlens, ignore_index, logits.shape[-1])
-    if shift_labels:
-        labels = _shifted(labels, cu_seqlens, ignore_index)
+    vocab_size = logits.shape[-1] if isinstance(logits, Tensor) and vocab_shard is None else None
+    validation.check_rows_and_labels("logits", logits, labels, cu_seqlens, ignore_index, vocab_size)
+    if vocab_shard is not None:
+        validation.check_vocab_shard(vocab_shard, "logits", logits.shape[-1])
+    labels = _aligned(labels, cu_seqlens, shift_labels, ignore_index, context_group)
     request = dispatch.Request("logits", tuple(logits.shape), logits.dtype, logits.device)
     return labels, dispatch.select(backend, request)
+
+
+def _token_logps(
+    logits: Tensor,
+    labels: Tensor,
+    ignore_index: int,
+    inplace_backward: bool,
+    vocab_shard: VocabShard | None,
+    entry: dispatch.BackendEntry,
+) -> Tensor:
+    if vocab_shard is not None:
+        kernels = dispatch.kernels_of(entry.name)
+        return vocab_parallel.VocabParallelTokenLogps.apply(
+            logits, labels, ignore_index, inplace_backward, vocab_shard, kernels
+        )
+    if entry.module is None:
+        return reference.token_logps(logits, labels, ignore_index)
+    return TokenLogps.apply(logits, labels, ignore_index, inplace_backward, entry.name)
+
+
+def _aligned(
+    labels: Tensor,
+    cu_seqlens: Tensor | None,
+    shift_labels: bool,
+    ignore_index: int,
+    context_group: ProcessGroup | None,
+) -> Tensor:
+    if not shift_labels:
+        return labels
+    if context_group is not None:
+        raise ValueError(
+            "shift_labels must be False with context_group: a rank does not have the label after its last position. "
+            "Shift the labels before they are split over the ranks"
+        )
+    return _shifted(labels, cu_seqlens, ignore_index)
 
 
 def _shifted(labels: Tensor, cu_seqlens: Tensor | None, ignore_index: int) -> Tensor:
@@ -209,7 +288,12 @@ def _shifted(labels: Tensor, cu_seqlens: Tensor | None, ignore_index: int) -> Te
 
 
 def _sum_over_sequences(
-    token_logps: Tensor, labels: Tensor, cu_seqlens: Tensor | None, ignore_index: int, average: bool
+    token_logps: Tensor,
+    labels: Tensor,
+    cu_seqlens: Tensor | None,
+    ignore_index: int,
+    average: bool,
+    context_group: ProcessGroup | None,
 ) -> Tensor:
     """(S,) sums, added up in float64 so that thousands of tokens cost no digits."""
     counted = labels != ignore_index
@@ -219,6 +303,8 @@ def _sum_over_sequences(
         ids, num_sequences = packed_sequence_ids(cu_seqlens, labels.shape[0]), cu_seqlens.shape[0] - 1
         sums = segment_sum(token_logps, ids, num_sequences)
         counts = segment_sum(counted, ids, num_sequences)
+    if context_group is not None:
+        sums, counts = SumOverRanks.apply(torch.stack([sums, counts.double()]), context_group)
     if average:
         sums = sums / counts.clamp(min=1)
     return sums.to(token_logps.dtype)

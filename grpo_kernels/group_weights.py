@@ -5,14 +5,18 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from grpo_kernels import validation
 from grpo_kernels.alpha_rules import ALPHA_RULES, moved_log_alpha
+from grpo_kernels.distributed import group_sync
 from grpo_kernels.types import ESTIMATORS, PRIORS, UPDATE_MODES
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 class GroupWeights(nn.Module):
@@ -49,6 +53,12 @@ class GroupWeights(nn.Module):
         level: in (0, 1]; 1 is the prior, 1 / K or less with a uniform prior the worst group alone.
         radius: >= 0; 0 is the prior.
         prior: mu, "uniform" or "sizes" (N_g / N).
+        process_group: the data-parallel ranks whose pairs make one batch; None: all ranks, where torch.distributed is
+            initialised. A training forward sums group statistics over them, so that alpha and the loss are those of
+            the whole batch on every rank; all must call it together. Forwards in eval mode or under no_grad are the
+            rank's own and communicate nothing.
+        gradient_reduction: "mean" where the engine averages gradients over those ranks (DDP, FSDP, ZeRO), "sum" where
+            it adds them up.
         loss_ema: d in [0, 1): alpha is moved by a running mean of L_g, ``(1 - d) sum_j d^j L_g(t - j)``, its weights
             normalised to 1. With "group_mean" a group's mean goes on when a batch has it, and it takes part in the
             rule from the first time on.
@@ -91,8 +101,11 @@ class GroupWeights(nn.Module):
         radius: float | None = None,
         prior: str = "uniform",
         loss_ema: float = 0.0,
+        process_group: ProcessGroup | None = None,
+        gradient_reduction: str = "mean",
     ) -> None:
         super().__init__()
+        validation.check_choice("gradient_reduction", gradient_reduction, ("mean", "sum"))
         numbers = {"step_size": step_size, "temperature": temperature, "level": level, "radius": radius}
         self.rule_parameter = validation.rule_parameter(rule, numbers, ALPHA_RULES)
         validation.check_choice("prior", prior, PRIORS)
@@ -124,6 +137,9 @@ class GroupWeights(nn.Module):
         self.update_mode = update
         self.floor = float(floor)
         self.chi = float(chi)
+        self.gradient_reduction = gradient_reduction
+        self._ranks = _SharedReference(process_group)
+        self._in_flight: list[group_sync.PendingSum] = []
         self._warned = False
         self._last_update: tuple[Tensor, Tensor] | None = None
         self.register_buffer("log_alpha", torch.empty(self.num_groups, dtype=torch.float64))
@@ -162,14 +178,17 @@ class GroupWeights(nn.Module):
         """(K,) float64: what weighs L_g in the loss; alpha, mixed with the uniform weights if chi < 1."""
         return (1 - self.chi) / self.num_groups + self.chi * self.alpha
 
-    def group_losses(self, group_loss_sums: Tensor, group_counts: Tensor) -> Tensor:
-        """(K,) float64: L_g by the estimator, from the batch's sums of pair losses and counts of pairs."""
+    def group_losses(self, group_loss_sums: Tensor, group_counts: Tensor, total_pairs: Any = None) -> Tensor:
+        """(K,) float64: L_g by the estimator, from the batch's sums of pair losses and counts of pairs.
+
+        ``total_pairs`` stands for B where the batch is a part of a larger one.
+        """
         sums = group_loss_sums.double()
         if self.estimator == "group_mean":
             return sums / group_counts.clamp(min=1)
         assert self.group_sizes is not None  # __init__ asked for them
         sizes = self.group_sizes.double()  # whole numbers divide to float32
-        return sizes.sum() / sizes * sums / group_counts.sum().clamp(min=1)
+        return sizes.sum() / sizes * sums / (group_counts.sum().clamp(min=1) if total_pairs is None else total_pairs)
 
     @torch.no_grad()
     def update(self, group_loss_sums: Tensor, group_counts: Tensor) -> None:
@@ -207,13 +226,77 @@ class GroupWeights(nn.Module):
         """In lagged mode: one update from all forwards since the last step. Call it beside ``optimizer.step()``."""
         if self.update_mode != "lagged":
             raise RuntimeError("step() belongs to update='lagged'; with update='inline' each forward moves alpha")
+        self._receive()
         self.update(self.pending_sums, self.pending_counts)
         self.pending_sums.zero_()
         self.pending_counts.zero_()
 
-    def observe(self, group_loss_sums: Tensor, group_counts: Tensor) -> None:
-        """What a forward of the loss does with its batch: move alpha, or add to the statistics, or nothing."""
+    @property
+    def process_group(self) -> ProcessGroup | None:
+        return self._ranks.value
+
+    @property
+    def num_ranks(self) -> int:
+        """Data-parallel ranks whose pairs make one batch."""
+        return group_sync.data_parallel_size(self.process_group)
+
+    @property
+    def gradient_scale(self) -> float:
+        """What a rank's own loss is multiplied by, so that the engine's reduction gives the whole batch's gradient."""
+        return float(self.num_ranks) if self.gradient_reduction == "mean" else 1.0
+
+    def take_in(
+        self, group_loss_sums: Tensor, group_counts: Tensor, context_size: int = 1, total_pairs: Any = None
+    ) -> tuple[Tensor, Tensor]:
+        """What a forward of the loss does with the statistics of the rank's batch (K,): sum them over the ranks and
+        move alpha, or keep them for `step`, or nothing.
+
+        Returns:
+            sums (differentiable) and counts that the loss is made of. Their value is the whole batch's, the same on
+            every rank; the gradient goes to the rank's own pairs, scaled for the engine's reduction over
+            ``context_size`` times as many ranks. With ``total_pairs`` they are the rank's own.
+        """
         update = self.update_of_forward()
+        self.check_ranks(update)
+        own_sums, several_ranks = group_loss_sums.detach(), update != "none" and self.num_ranks > 1
+        scale = 1.0 if update == "none" else self.gradient_scale
+        if self.gradient_reduction == "mean" and update != "none":
+            scale *= context_size
+        if total_pairs is not None:
+            if several_ranks:
+                self._accumulate_later(own_sums, group_counts)
+            else:
+                self.apply_update(update, own_sums, group_counts)
+            return scale * group_loss_sums, group_counts
+        batch_sums, batch_counts = own_sums, group_counts
+        if several_ranks:
+            batch_sums, batch_counts = group_sync.sum_over_ranks(own_sums, group_counts, self.process_group)
+        self.apply_update(update, batch_sums, batch_counts)
+        if several_ranks or scale != 1:
+            group_loss_sums = batch_sums + scale * (group_loss_sums - own_sums)
+        return group_loss_sums, batch_counts
+
+    def check_total_pairs(self, total_pairs: Any) -> None:
+        if total_pairs is None:
+            return
+        if self.update_mode != "lagged" or self.estimator != "importance":
+            raise ValueError(
+                "total_pairs belongs to update='lagged' and estimator='importance', got "
+                f"update={self.update_mode!r} and estimator={self.estimator!r}"
+            )
+        if not isinstance(total_pairs, Tensor):
+            validation.check_number("total_pairs", total_pairs, 1)
+
+    def check_ranks(self, update: str) -> None:
+        """Refuse what several ranks cannot do exactly."""
+        if update == "recomputed" and self.num_ranks > 1:
+            raise RuntimeError(
+                "a GroupRobustLoss over several ranks cannot be run again by activation checkpointing: keep the loss "
+                "outside the checkpointed region"
+            )
+
+    def apply_update(self, update: str, group_loss_sums: Tensor, group_counts: Tensor) -> None:
+        """What a forward of the loss does with its batch: move alpha, or add to the statistics, or nothing."""
         if update == "lagged":
             self.accumulate(group_loss_sums, group_counts)
         elif update == "inline":
@@ -227,11 +310,11 @@ class GroupWeights(nn.Module):
         """
         if not self.training or not torch.is_grad_enabled():
             return "none"
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            _refuse_several_ranks(torch.distributed.get_world_size())
-        if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
+        if torch.compiler.is_compiling():
+            return self.update_mode
+        if torch._C._current_graph_task_id() != -1:
             return "recomputed"
-        return self.update_mode
+        return "none" if group_sync.is_pipeline_inference() else self.update_mode
 
     def after_forward(self, update: str, group_loss_sums: Tensor, group_counts: Tensor) -> None:
         """Remember the batch that moved alpha, so that a forward run again can be told from a new one."""
@@ -267,6 +350,15 @@ class GroupWeights(nn.Module):
             parameter=self.rule_parameter,
             floor=self.floor,
         )
+
+    def _accumulate_later(self, group_loss_sums: Tensor, group_counts: Tensor) -> None:
+        """`accumulate` of all ranks' statistics, whose sum is on its way while the backward runs."""
+        self._in_flight.append(group_sync.begin_sum_over_ranks(group_loss_sums, group_counts, self.process_group))
+
+    def _receive(self) -> None:
+        for pending in self._in_flight:
+            self.accumulate(*pending.wait())
+        self._in_flight.clear()
 
     def _averaged(self, losses: Tensor, seen_now: Tensor) -> tuple[Tensor, Tensor]:
         """(running mean of each group's loss, groups seen so far), after the groups seen now have been taken in."""
@@ -313,6 +405,7 @@ class GroupWeights(nn.Module):
     def _warn_before_saving(module: nn.Module, prefix: str, keep_vars: bool) -> None:
         # On a GPU the counter is not read back at each update; a checkpoint reads it anyway.
         assert isinstance(module, GroupWeights)
+        module._receive()
         if not module.skipped_updates.is_meta:
             module._warn_if_skipped()
 
@@ -351,8 +444,14 @@ class GroupWeights(nn.Module):
         )
 
 
-def _refuse_several_ranks(world_size: int) -> None:
-    if world_size > 1:
-        raise NotImplementedError(
-            f"training over {world_size} ranks is not supported: each would move an alpha of its own by its own batch"
-        )
+class _SharedReference:
+    """Holds a process group, which can be neither copied nor pickled: copies share it, and a pickle drops it."""
+
+    def __init__(self, value: ProcessGroup | None) -> None:
+        self.value = value
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _SharedReference:
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _SharedReference, (None,)

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor, nn
 
 from grpo_kernels import validation
 from grpo_kernels.autograd import FusedGroupRobustLoss
+from grpo_kernels.distributed import group_sync
 from grpo_kernels.functional import aligned_labels_and_backend, linear_sequence_logps, preference_losses, sequence_logps
 from grpo_kernels.group_weights import GroupWeights
 from grpo_kernels.kernels import group_robust as tables
 from grpo_kernels.pair_losses import PAIR_LOSSES
 from grpo_kernels.segments import segment_sum
-from grpo_kernels.types import IGNORE_INDEX, GroupRobustOutput
+from grpo_kernels.types import IGNORE_INDEX, GroupRobustOutput, VocabShard
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 class _GroupRobustLossBase(nn.Module):
@@ -29,6 +35,8 @@ class _GroupRobustLossBase(nn.Module):
         average_log_prob: bool = False,
         ignore_index: int = IGNORE_INDEX,
         shift_labels: bool = False,
+        vocab_shard: VocabShard | None = None,
+        context_group: ProcessGroup | None = None,
         backend: str = "auto",
     ) -> None:
         super().__init__()
@@ -44,6 +52,8 @@ class _GroupRobustLossBase(nn.Module):
         self.average_log_prob = average_log_prob
         self.ignore_index = ignore_index
         self.shift_labels = shift_labels
+        self.vocab_shard = vocab_shard
+        self.context_group = context_group
         self.backend = backend
 
     def from_logps(
@@ -55,15 +65,18 @@ class _GroupRobustLossBase(nn.Module):
         beta: float | Tensor | None = None,
         margin: Tensor | None = None,
         weights: Tensor | None = None,
+        total_pairs: int | Tensor | None = None,
     ) -> GroupRobustOutput:
         """The loss from log-probabilities (2B,) that were computed elsewhere, chosen first.
 
         In training mode with gradients on: pair losses -> group losses -> alpha update -> loss with the new alpha.
+        ``total_pairs`` as in `GroupRobustLoss.forward`.
         """
         validation.check_logps(policy_logps, ref_logps)
         num_pairs, num_groups = policy_logps.shape[0] // 2, self.group_weights.num_groups
         beta = self.beta if beta is None else beta
         self._check_pairs(num_pairs, policy_logps.device, group_ids, ref_logps, beta, margin, weights)
+        self.group_weights.check_total_pairs(total_pairs)
         losses = preference_losses(
             policy_logps,
             ref_logps,
@@ -79,8 +92,8 @@ class _GroupRobustLossBase(nn.Module):
         losses = losses.masked_fill(~known, torch.nan)
         sums = segment_sum(losses, ids, num_groups)
         counts = segment_sum(torch.ones_like(losses, requires_grad=False), ids, num_groups).long()
-        self.group_weights.observe(sums.detach(), counts)
-        group_losses = self.group_weights.group_losses(sums, counts)
+        sums, counts = self.group_weights.take_in(sums, counts, self._context_size(), total_pairs)
+        group_losses = self.group_weights.group_losses(sums, counts, total_pairs)
         loss = (self.group_weights.loss_weights() * group_losses).sum().to(losses.dtype)
         ratios = policy_logps.detach() if ref_logps is None else policy_logps.detach() - ref_logps
         return GroupRobustOutput(
@@ -94,6 +107,9 @@ class _GroupRobustLossBase(nn.Module):
             chosen_rewards=beta * ratios[:num_pairs],
             rejected_rewards=beta * ratios[num_pairs:],
         )
+
+    def _context_size(self) -> int:
+        return 1 if self.context_group is None else torch.distributed.get_world_size(self.context_group)
 
     def _check_pairs(
         self,
@@ -135,6 +151,7 @@ class GroupRobustLoss(_GroupRobustLossBase):
         ignore_index: label of positions that do not count.
         shift_labels: True where ``logits[:, t]`` predicts ``labels[:, t + 1]`` (Hugging Face).
         inplace_backward: write the gradient over the logits; see `sequence_logps`.
+        vocab_shard, context_group: where the vocabulary or the positions are sharded over ranks; see `sequence_logps`.
         backend: "auto" or a name from `grpo_kernels.backends`.
 
     Example:
@@ -157,6 +174,8 @@ class GroupRobustLoss(_GroupRobustLossBase):
         ignore_index: int = IGNORE_INDEX,
         shift_labels: bool = False,
         inplace_backward: bool = False,
+        vocab_shard: VocabShard | None = None,
+        context_group: ProcessGroup | None = None,
         backend: str = "auto",
     ) -> None:
         super().__init__(
@@ -168,6 +187,8 @@ class GroupRobustLoss(_GroupRobustLossBase):
             average_log_prob=average_log_prob,
             ignore_index=ignore_index,
             shift_labels=shift_labels,
+            vocab_shard=vocab_shard,
+            context_group=context_group,
             backend=backend,
         )
         self.inplace_backward = inplace_backward
@@ -183,6 +204,7 @@ class GroupRobustLoss(_GroupRobustLossBase):
         beta: float | Tensor | None = None,
         margin: Tensor | None = None,
         weights: Tensor | None = None,
+        total_pairs: int | Tensor | None = None,
     ) -> GroupRobustOutput:
         """Loss of a batch of B pairs as 2B sequences, the chosen first.
 
@@ -193,13 +215,24 @@ class GroupRobustLoss(_GroupRobustLossBase):
                 (``GRPO_KERNELS_DEBUG=1`` raises instead).
             ref_logps: (2B,) log-probabilities under the reference policy, without gradient.
             beta, margin, weights: per-pair overrides as in `preference_losses`.
+            total_pairs: pairs of the whole optimiser step, over all its forwards and ranks, for ``update="lagged"``.
+                The loss is then this batch's share of the step, to be added up over forwards (the engine must not
+                divide by their number), and statistics of other ranks arrive while the backward runs.
         """
         num_sequences = _num_sequences(logits, cu_seqlens)
         validation.check_pair_batch(num_sequences)
         labels, entry = aligned_labels_and_backend(
-            logits, labels, cu_seqlens, self.shift_labels, self.ignore_index, self.backend
+            logits,
+            labels,
+            cu_seqlens,
+            self.shift_labels,
+            self.ignore_index,
+            self.backend,
+            self.vocab_shard,
+            self.context_group,
         )
-        if entry.fuses_loss and self.group_weights.is_default_rule:
+        whole_rows = self.vocab_shard is None and self.context_group is None
+        if entry.fuses_loss and self.group_weights.is_default_rule and whole_rows and total_pairs is None:
             beta = self.beta if beta is None else beta
             self._check_pairs(num_sequences // 2, logits.device, group_ids, ref_logps, beta, margin, weights)
             arguments = (logits, labels, group_ids, ref_logps, cu_seqlens, beta, margin, weights)
@@ -211,9 +244,13 @@ class GroupRobustLoss(_GroupRobustLossBase):
             ignore_index=self.ignore_index,
             average=self.average_log_prob,
             inplace_backward=self.inplace_backward,
+            vocab_shard=self.vocab_shard,
+            context_group=self.context_group,
             backend=entry.name,
         )
-        return self.from_logps(logps, group_ids, ref_logps, beta=beta, margin=margin, weights=weights)
+        return self.from_logps(
+            logps, group_ids, ref_logps, beta=beta, margin=margin, weights=weights, total_pairs=total_pairs
+        )
 
     def _fused(
         self,
@@ -230,6 +267,8 @@ class GroupRobustLoss(_GroupRobustLossBase):
         """`from_logps` of `sequence_logps` in one operator; arguments are checked and labels aligned already."""
         of_groups = self.group_weights
         update = of_groups.update_of_forward()
+        of_groups.check_ranks(update)
+        several_ranks = update != "none" and of_groups.num_ranks > 1
         loss, sequences, pairs, groups, counts = FusedGroupRobustLoss.apply(
             self.inplace_backward,
             backend,
@@ -258,6 +297,8 @@ class GroupRobustLoss(_GroupRobustLossBase):
             of_groups.floor,
             of_groups.chi,
             "none" if update == "recomputed" else update,
+            group_sync.name_of(of_groups.process_group) if several_ranks else "",
+            of_groups.gradient_scale if several_ranks else 1.0,
             backend,
         )
         of_groups.after_forward(update, groups[tables.SUMS].detach(), counts)
@@ -295,6 +336,7 @@ class LinearGroupRobustLoss(_GroupRobustLossBase):
         beta: float | Tensor | None = None,
         margin: Tensor | None = None,
         weights: Tensor | None = None,
+        total_pairs: int | Tensor | None = None,
     ) -> GroupRobustOutput:
         """As `GroupRobustLoss.forward`, with hidden (2B, T, D) or packed (N, D), weight (V, D) and bias (V,)."""
         validation.check_pair_batch(_num_sequences(hidden, cu_seqlens))
@@ -307,9 +349,13 @@ class LinearGroupRobustLoss(_GroupRobustLossBase):
             shift_labels=self.shift_labels,
             ignore_index=self.ignore_index,
             average=self.average_log_prob,
+            vocab_shard=self.vocab_shard,
+            context_group=self.context_group,
             backend=self.backend,
         )
-        return self.from_logps(logps, group_ids, ref_logps, beta=beta, margin=margin, weights=weights)
+        return self.from_logps(
+            logps, group_ids, ref_logps, beta=beta, margin=margin, weights=weights, total_pairs=total_pairs
+        )
 
 
 def _num_sequences(rows: Tensor, cu_seqlens: Tensor | None) -> int:

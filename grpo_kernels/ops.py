@@ -5,13 +5,14 @@ They are what torch.compile sees: opaque calls with known output shapes. ``backe
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from grpo_kernels import dispatch
+from grpo_kernels.distributed import group_sync
 from grpo_kernels.kernels import group_robust, linear
 
 _LIBRARY = torch.library.Library("grpo_kernels", "DEF")
@@ -35,7 +36,8 @@ _SCHEMAS = (
     "Tensor? betas, Tensor? margin, Tensor? weights, Tensor(a!) log_alpha, Tensor? group_sizes, "
     "Tensor(b!) pending_sums, Tensor(c!) pending_counts, Tensor(d!) skipped_updates, float beta, str loss_type, "
     "float label_smoothing, bool average, int ignore_index, str estimator, float step_size, float adjustment, "
-    "float floor, float chi, str update, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "float floor, float chi, str update, str process_group, float gradient_scale, str backend) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     f"group_robust_loss_backward({_UPSTREAM}, Tensor logits, {_SAVED}, str backend) -> Tensor",
     f"group_robust_loss_backward_({_UPSTREAM}, Tensor(a!) logits, {_SAVED}, str backend) -> ()",
 )
@@ -140,7 +142,7 @@ def _group_robust_loss(
     beta: float,
     *options: Any,
 ) -> tuple[Tensor, ...]:
-    *values, backend = options
+    *values, process_group, gradient_scale, backend = options
     names = ("loss_type", "label_smoothing", "average", "ignore_index", "estimator", "step_size", "adjustment", "floor")
     return dispatch.fused_kernels_of(backend).group_robust_forward(
         logits,
@@ -157,7 +159,14 @@ def _group_robust_loss(
         pending_counts,
         skipped_updates,
         **dict(zip((*names, "chi", "update"), values, strict=True)),
+        gradient_scale=gradient_scale,
+        whole_batch=_sum_over(process_group) if process_group else None,
     )
+
+
+def _sum_over(process_group: str) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    group = group_sync.of_name(process_group)
+    return lambda sums, counts: group_sync.sum_over_ranks(sums, counts, group)
 
 
 def _group_robust_loss_fake(

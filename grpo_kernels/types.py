@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple, get_args
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -20,6 +21,24 @@ PRIORS: tuple[str, ...] = get_args(Prior)
 
 IGNORE_INDEX = -100
 """Label of a position that does not count (prompt, padding): PyTorch's own convention."""
+
+
+@dataclass(frozen=True)
+class VocabShard:
+    """The rank's columns ``start:stop`` of a vocabulary that is sharded over the ranks of ``process_group``.
+
+    Every column belongs to exactly one rank; shards may differ in size. ``sequence_parallel``: hidden states, too, are
+    sharded, in equal parts of the positions in the order of the ranks (the linear path gathers them).
+    """
+
+    start: int
+    stop: int
+    process_group: Any
+    sequence_parallel: bool = False
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.start < self.stop:
+            raise ValueError(f"VocabShard needs 0 <= start < stop, got start={self.start}, stop={self.stop}")
 
 
 class GroupRobustOutput(NamedTuple):

@@ -72,9 +72,12 @@ def check_same_device(name: str, value: Tensor, other_name: str, other: Tensor) 
 
 
 def check_rows_and_labels(
-    rows_name: str, rows: Tensor, labels: Tensor, cu_seqlens: Tensor | None, ignore_index: int, vocab_size: int
+    rows_name: str, rows: Tensor, labels: Tensor, cu_seqlens: Tensor | None, ignore_index: int, vocab_size: int | None
 ) -> None:
-    """``rows`` is logits (S,T,V) or hidden (S,T,D), or packed (N,V) / (N,D) with cu_seqlens; labels fit its rows."""
+    """``rows`` is logits (S,T,V) or hidden (S,T,D), or packed (N,V) / (N,D) with cu_seqlens; labels fit its rows.
+
+    ``vocab_size`` None: not known here, the vocabulary is sharded.
+    """
     if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
         raise TypeError(f"ignore_index must be an int, got {type(ignore_index).__name__}")
     check_float_tensor(rows_name, rows)
@@ -93,7 +96,7 @@ def check_rows_and_labels(
     check_same_device("labels", labels, rows_name, rows)
     if cu_seqlens is not None:
         _check_cu_seqlens(cu_seqlens, rows_name, rows)
-    if debug_checks_on():
+    if vocab_size is not None and debug_checks_on():
         bad = (labels != ignore_index) & ((labels < 0) | (labels >= vocab_size))
         if bad.any():
             value = labels[bad][0].item()
@@ -113,6 +116,14 @@ def _check_cu_seqlens(cu_seqlens: Tensor, rows_name: str, rows: Tensor) -> None:
             raise ValueError(
                 f"cu_seqlens must rise from 0 to {rows.shape[0]}, the number of rows of {rows_name}, got {ends}"
             )
+
+
+def check_vocab_shard(vocab_shard: Any, columns_name: str, num_columns: int) -> None:
+    if vocab_shard.stop - vocab_shard.start != num_columns:
+        raise ValueError(
+            f"vocab_shard must be as wide as {columns_name}: {num_columns} columns, "
+            f"got {vocab_shard.start}:{vocab_shard.stop}"
+        )
 
 
 def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:

@@ -23,7 +23,7 @@ def fused_calls() -> dict[str, tuple]:
     logits = logits.detach()
     state = gk.GroupWeights(group_sizes=[60, 35, 5], step_size=0.3)
     buffers = (state.log_alpha, state.group_sizes, state.pending_sums, state.pending_counts, state.skipped_updates)
-    options = (0.1, "sigmoid", 0.0, True, -100, "importance", 0.3, 0.0, 0.0, 1.0, "inline", "triton")
+    options = (0.1, "sigmoid", 0.0, True, -100, "importance", 0.3, 0.0, 0.0, 1.0, "inline", "", 1.0, "triton")
     forward = (logits, labels, None, torch.randn(8), ids(), None, None, None, *buffers, *options)
     _, sequences, pairs, _, _, lse, row_sequence = OPS.group_robust_loss(*forward)
     saved = (labels, lse, row_sequence, sequences, pairs, ids(), -100, False, "triton")

@@ -14,6 +14,7 @@ PACKAGE = Path(__file__).parent.parent / "grpo_kernels"
 ORDER = [
     {"_version", "types", "reference", "validation", "segments", "pair_losses", "alpha_rules"},
     {"kernels"},
+    {"distributed"},
     {"dispatch"},
     {"ops"},
     {"autograd"},

@@ -50,7 +50,11 @@ class FusedKernelBackend(Protocol):
         skipped_updates: Tensor,
         **options: Any,
     ) -> GroupRobustTables:
-        """The options are GroupRobustLoss's and GroupWeights', by name; ``update`` is "inline", "lagged" or "none"."""
+        """The options are GroupRobustLoss's and GroupWeights', by name; ``update`` is "inline", "lagged" or "none".
+
+        ``whole_batch(sums, counts)``, where given, makes those of all ranks from the rank's own; gradients are then
+        multiplied by ``gradient_scale``.
+        """
         ...
 
     def token_logps_backward(

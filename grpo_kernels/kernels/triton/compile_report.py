@@ -136,7 +136,7 @@ def _specialisation(variant: Variant, names: list[str]) -> tuple[dict[str, str],
         elif name.endswith("_ptr"):
             signature[name] = POINTERS.get(name) or POINTER[variant.dtype if name in LOGITS else "float32"]
         else:
-            signature[name] = "fp32" if name.endswith(("_high", "_low")) else "i32"
+            signature[name] = "fp32" if name.endswith(("_high", "_low", "gradient_scale")) else "i32"
     num_warps = 4 if variant.kernel == "_merge_splits_kernel" else tile.num_warps
     return signature, {name: values[name] for name in names if name in values}, {"num_warps": num_warps}
 

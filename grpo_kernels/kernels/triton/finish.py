@@ -240,6 +240,7 @@ def alpha_loss_and_coefficients(
     pending_sums_ptr,
     pending_counts_ptr,
     skipped_ptr,
+    gradient_scale,
     step_high,
     step_low,
     S,
@@ -286,6 +287,7 @@ def alpha_loss_and_coefficients(
         loss += tl.sum(tl.where(inside, weight * losses, 0.0), 0)
         tl.store(group_ptr + GROUP_LOSSES * K + groups, losses, inside)
         tl.store(group_ptr + ALPHA * K + groups, alpha, inside)
+        factor *= gradient_scale  # from here on for gradients only
         tl.store(group_ptr + FACTORS * K + groups, factor, inside)
         tl.store(group_ptr + GROUP_COEFFICIENTS * K + groups, weight * factor, inside)
         if UPDATE == "lagged":

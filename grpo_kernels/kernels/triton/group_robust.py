@@ -9,6 +9,7 @@ Traffic: one read of the logits of counted rows; 12 bytes a row of workspace; O(
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from grpo_kernels.kernels.group_robust import GroupRobustTables
+from grpo_kernels.kernels.group_robust import SUMS, GroupRobustTables
 from grpo_kernels.kernels.rows import accumulation_dtype
 from grpo_kernels.kernels.triton.finish import alpha_loss_and_coefficients, pairs_and_group_sums, split_number
 from grpo_kernels.kernels.triton.logps import (
@@ -135,6 +136,7 @@ def _group_robust_fwd_kernel(
     stride_t,
     stride_v,
     ignore_index,
+    gradient_scale,
     beta_high,
     beta_low,
     e_high,
@@ -214,8 +216,8 @@ def _group_robust_fwd_kernel(
         if ALPHA:
             alpha_loss_and_coefficients(
                 logps_ptr, sequence_ptr, pair_ptr, group_ptr, counts_ptr, loss_ptr, group_ids_ptr, log_alpha_ptr,
-                sizes_ptr, pending_sums_ptr, pending_counts_ptr, skipped_ptr, step_high, step_low, S, K, AVERAGE,
-                IMPORTANCE, ADJUSTMENT, FLOOR, CHI, UPDATE, BLOCK_B, BLOCK_K,
+                sizes_ptr, pending_sums_ptr, pending_counts_ptr, skipped_ptr, gradient_scale, step_high, step_low, S, K,
+                AVERAGE, IMPORTANCE, ADJUSTMENT, FLOOR, CHI, UPDATE, BLOCK_B, BLOCK_K,
             )  # fmt: skip
 
 
@@ -244,11 +246,13 @@ def group_robust_forward(
     floor: float,
     chi: float,
     update: str,
+    gradient_scale: float = 1.0,
+    whole_batch: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
     splits: int | None = None,
 ) -> GroupRobustTables:
     """Everything after the logits. ``update``, "inline", "lagged" or "none": what becomes of the GroupWeights' buffers.
 
-    ``splits``: programs a row, by the table where None.
+    ``splits``: programs a row, by the table where None. The rest as in contract.py.
     """
     num_sequences = labels.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     num_pairs, num_groups = num_sequences // 2, log_alpha.shape[0]
@@ -313,6 +317,7 @@ def group_robust_forward(
         **dict(zip(("stride_s", "stride_t", "stride_v"), strides_of(logits), strict=True)),
         "ignore_index": ignore_index,
     }
+    arguments["gradient_scale"] = gradient_scale
     for name, value in (("beta", beta), ("e", label_smoothing), ("step", step_size)):
         arguments[f"{name}_high"], arguments[f"{name}_low"] = split_number(value)
     options = {
@@ -337,13 +342,20 @@ def group_robust_forward(
         "BLOCK_J": BLOCK_J,
         "num_warps": tile.num_warps,
     }
-    fused = num_rows > 0 and num_groups <= FUSED_GROUPS
-    with device_of(logits):
-        if num_rows > 0:
-            _group_robust_fwd_kernel[(num_rows, splits)](
-                **arguments, **options, ROWS=True, PAIRS=fused, ALPHA=fused, BLOCK_K=BLOCK_K
-            )
-        if not fused:
-            wide = BLOCK_K if num_groups <= FUSED_GROUPS else WIDE_BLOCK_K
-            _group_robust_fwd_kernel[(1,)](**arguments, **options, ROWS=False, PAIRS=True, ALPHA=True, BLOCK_K=wide)
+    fits, alone = num_groups <= FUSED_GROUPS, whole_batch is None
+
+    def launch(*grid: int, **stages: bool) -> None:
+        block_k = BLOCK_K if fits else WIDE_BLOCK_K
+        with device_of(logits):
+            _group_robust_fwd_kernel[grid](**arguments, **options, **stages, BLOCK_K=block_k)
+
+    if num_rows:
+        launch(num_rows, splits, ROWS=True, PAIRS=fits, ALPHA=fits and alone)
+    if not (num_rows and fits):
+        launch(1, ROWS=False, PAIRS=True, ALPHA=alone)
+    if whole_batch is not None:
+        sums, counts = whole_batch(tables.groups[SUMS], tables.counts)
+        tables.groups[SUMS].copy_(sums)
+        tables.counts.copy_(counts)
+        launch(1, ROWS=False, PAIRS=False, ALPHA=True)
     return tables
