@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import os
@@ -68,6 +69,27 @@ def _triton_interprets() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
+@functools.cache
+def _extension_problem() -> str | None:
+    """Why grpo_kernels._C cannot be imported; None: it can."""
+    try:
+        importlib.import_module("grpo_kernels._C")
+    except ModuleNotFoundError:
+        return "the extension is not built: pip install -e . with a C++ compiler (python -m grpo_kernels doctor)"
+    except ImportError as error:
+        return f"the extension does not load, build it again: {error}"
+    return None
+
+
+def _cpp_not_usable_here() -> list[str]:
+    problem = _extension_problem()
+    return [problem] if problem else []
+
+
+def _cpp_cannot_run(request: Request) -> list[str]:
+    return [] if request.device.type == "cpu" else [f"{request.argument} are on {request.device}, needs the CPU"]
+
+
 # The order is that of preference: `auto` takes the first entry that can run the input.
 BACKENDS: list[BackendEntry] = [
     BackendEntry(
@@ -78,6 +100,13 @@ BACKENDS: list[BackendEntry] = [
         _triton_cannot_run,
         auto_devices=("cuda",),
         fuses_loss=True,
+    ),
+    BackendEntry(
+        "cpp",
+        "C++ kernels, vectorised and threaded, CPU",
+        "grpo_kernels.kernels.native",
+        _cpp_not_usable_here,
+        _cpp_cannot_run,
     ),
     BackendEntry("torch", "chunked plain PyTorch, any device", "grpo_kernels.kernels.torch_chunked"),
     BackendEntry("reference", "unfused textbook in eager PyTorch, any device", None),
