@@ -1,19 +1,10 @@
 // How logits of each dtype are read as floats and written back, two vectors at a time. bfloat16 vectors are split into
-// even and odd elements, which needs no shuffle; pack() is the inverse of load2(), rounding to nearest even.
+// even and odd elements, which needs no shuffle; store2() is the inverse of load2(), rounding to nearest even.
 #pragma once
 
 #include "simd.h"
 
 namespace grpo::cpu::GRPO_ISA {
-
-template <bool streamed>
-GRPO_INLINE void put(void* p, Words v) {
-  if (streamed) {
-    stream(p, v);
-  } else {
-    store(p, v);
-  }
-}
 
 struct Float32 {
   using Element = float;
@@ -24,10 +15,9 @@ struct Float32 {
     b = load<Floats>(x + kLanes);
   }
 
-  template <bool streamed>
   static GRPO_INLINE void store2(Element* out, Floats a, Floats b) {
-    put<streamed>(out, (Words)a);
-    put<streamed>(out + kLanes, (Words)b);
+    store(out, a);
+    store(out + kLanes, b);
   }
 };
 
@@ -47,9 +37,8 @@ struct Bfloat16 {
     return bits + 0x7fffu + ((bits >> 16) & 1u);
   }
 
-  template <bool streamed>
   static GRPO_INLINE void store2(Element* out, Floats a, Floats b) {
-    put<streamed>(out, (rounded(a) >> 16) | (rounded(b) & 0xffff0000u));
+    store(out, (rounded(a) >> 16) | (rounded(b) & 0xffff0000u));
   }
 };
 
@@ -96,10 +85,9 @@ struct Float16 {
     b = widened(x + kLanes);
   }
 
-  template <bool streamed>
   static GRPO_INLINE void store2(Element* out, Floats a, Floats b) {
-    const Halves both[2] = {narrowed(a), narrowed(b)};
-    put<streamed>(out, load<Words>(both));
+    store(out, narrowed(a));
+    store(out + kLanes, narrowed(b));
   }
 };
 

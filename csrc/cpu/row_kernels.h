@@ -51,8 +51,7 @@ struct Backward {
   Layout dtoken_logps_layout;
   const char* lse;
   Layout lse_layout;
-  Logits out;   // may be the logits themselves
-  bool stream;  // write past the caches: for an `out` that is larger than they are, and not being read
+  Logits out;  // may be the logits themselves
 };
 
 // Rows first .. last - 1. Each row is computed whole here, so how rows are dealt to threads changes no bit.

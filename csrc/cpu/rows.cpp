@@ -38,7 +38,7 @@ struct Vectorised {
 
   static Element narrowed(float x) {
     Element padded[kStep];
-    Format::template store2<false>(padded, broadcast(x), broadcast(x));
+    Format::store2(padded, broadcast(x), broadcast(x));
     return padded[0];
   }
 
@@ -103,18 +103,17 @@ struct Vectorised {
     return total((s0 + s1) + (s2 + s3));
   }
 
-  // out = exp(x - shift) * factor. `out` may be x; streamed, it is aligned to a vector unless n < kStep.
-  template <bool streamed>
+  // out = exp(x - shift) * factor; `out` may be x.
   static void write_exp(const Element* x, Element* out, int64_t n, float shift, float factor) {
     Floats a, b;
     int64_t i = 0;
     for (; i + kStep <= n; i += kStep) {
       Format::load2(x + i, a, b);
-      Format::template store2<streamed>(out + i, exp(a - shift) * factor, exp(b - shift) * factor);
+      Format::store2(out + i, exp(a - shift) * factor, exp(b - shift) * factor);
     }
     tail(x + i, n - i, Element(0), [&](Floats c, Floats d) {
       Element padded[kStep];
-      Format::template store2<false>(padded, exp(c - shift) * factor, exp(d - shift) * factor);
+      Format::store2(padded, exp(c - shift) * factor, exp(d - shift) * factor);
       for (int64_t j = 0; i + j < n; ++j) out[i + j] = padded[j];
     });
   }
@@ -141,7 +140,6 @@ struct Float64 {
     return (sum[0] + sum[1]) + (sum[2] + sum[3]);
   }
 
-  template <bool streamed>
   static void write_exp(const double* x, double* out, int64_t n, double shift, double factor) {
     for (int64_t i = 0; i < n; ++i) out[i] = std::exp(x[i] - shift) * factor;
   }
@@ -243,27 +241,19 @@ bool is_exact_enough(typename Ops::Real lse) {
   return rounding <= Ops::kEpsilon / 32;
 }
 
-// Elements before the first that is aligned to a vector: streaming starts there.
-template <class Element>
-int64_t unaligned_elements(const Element* out) {
-  const uintptr_t behind = reinterpret_cast<uintptr_t>(out) % sizeof(Words);
-  return behind == 0 ? 0 : int64_t((sizeof(Words) - behind) / sizeof(Element));
-}
-
 // out = exp(x - lse) * factor over a row.
-template <class Ops, bool streamed>
+template <class Ops>
 void write_row(const Backward& b, const typename Ops::Element* x, typename Ops::Element* out,
                typename Ops::Real lse, typename Ops::Real factor) {
   typename Ops::Element buffer[kBlock], results[kBlock];
   const int64_t vocab_size = b.shape.vocab_size, stride = b.logits.vocab_stride, out_stride = b.out.vocab_stride;
-  const int64_t head = streamed ? unaligned_elements(out) : 0;
-  for (int64_t i = 0, n = 0; i < vocab_size; i += n) {
-    n = smaller(i == 0 && head > 0 ? head : kBlock, vocab_size - i);
+  for (int64_t i = 0; i < vocab_size; i += kBlock) {
+    const int64_t n = smaller(kBlock, vocab_size - i);
     const auto* block = gathered(x + i * stride, stride, n, buffer);
     if (out_stride == 1) {
-      Ops::template write_exp<streamed>(block, out + i, n, lse, factor);
+      Ops::write_exp(block, out + i, n, lse, factor);
     } else {
-      Ops::template write_exp<false>(block, results, n, lse, factor);
+      Ops::write_exp(block, results, n, lse, factor);
       for (int64_t j = 0; j < n; ++j) out[(i + j) * out_stride] = results[j];
     }
   }
@@ -279,11 +269,7 @@ void backward_row(const Backward& b, const typename Ops::Element* x, typename Op
   const double sum = is_exact_enough<Ops>(lse) ? 1.0 : sum_of_softmax<Ops>(x, stride, vocab_size, lse);
   const double label_logp = double(Ops::widened(x[label * stride])) - lse - std::log(sum);
   const Real factor = -scale / sum;
-  if (b.stream && b.out.vocab_stride == 1) {
-    write_row<Ops, true>(b, x, out, lse, factor);
-  } else {
-    write_row<Ops, false>(b, x, out, lse, factor);
-  }
+  write_row<Ops>(b, x, out, lse, factor);
   out[label * b.out.vocab_stride] = Ops::narrowed(Real(scale * -std::expm1(label_logp)));  // scale * (1 - softmax)
 }
 
@@ -306,7 +292,6 @@ void backward_rows(const Backward& b, int64_t first, int64_t last) {
       backward_row<Ops>(b, x, out, label, lse, scale);
     }
   }
-  if (b.stream) stream_fence();
 }
 
 void exp_of(const float* x, float* out, int64_t n) {

@@ -37,26 +37,6 @@ GRPO_INLINE void store(void* p, V v) {
   std::memcpy(p, &v, sizeof v);
 }
 
-// Past the caches where the machine can; p is aligned to the vector.
-GRPO_INLINE void stream(void* p, Words v) {
-#if defined(__AVX512F__)
-  _mm512_stream_si512(static_cast<__m512i*>(p), (__m512i)v);
-#elif defined(__AVX2__)
-  _mm256_stream_si256(static_cast<__m256i*>(p), (__m256i)v);
-#elif defined(__SSE2__)
-  _mm_stream_si128(static_cast<__m128i*>(p), (__m128i)v);
-#else
-  store(p, v);
-#endif
-}
-
-// Streamed stores are seen by other threads only after this.
-GRPO_INLINE void stream_fence() {
-#if defined(__SSE2__)
-  _mm_sfence();
-#endif
-}
-
 GRPO_INLINE Floats broadcast(float x) { return Floats{} + x; }
 
 // The second argument where either is NaN.

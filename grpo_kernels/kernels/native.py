@@ -24,11 +24,6 @@ DTYPES = {
     torch.float64: "float64",
 }
 
-# A gradient of this size, written beside the logits rather than over them, goes past the caches, which saves reading
-# it first. Smaller ones are about to be read from the caches by what comes next.
-STREAM_BYTES = 1 << 25
-
-
 def token_logps_forward(
     logits: Tensor, labels: Tensor, ignore_index: int, num_threads: int | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -90,7 +85,7 @@ def token_logps_backward(
         ignore_index,
         out.data_ptr(),
         _strides(out),
-        out.data_ptr() != logits.data_ptr() and out.nbytes >= STREAM_BYTES,
+        out.nbytes if out.data_ptr() != logits.data_ptr() and out.is_contiguous() else 0,  # likely fresh memory
         num_threads or torch.get_num_threads(),
     )
 
