@@ -24,6 +24,7 @@ DTYPES = {
     torch.float64: "float64",
 }
 
+
 def token_logps_forward(
     logits: Tensor, labels: Tensor, ignore_index: int, num_threads: int | None = None
 ) -> tuple[Tensor, Tensor]:
