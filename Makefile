@@ -11,7 +11,7 @@ PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
 endif
 
-.PHONY: train test lint bench gpu-check clean
+.PHONY: train test lint bench sanitize gpu-check clean
 
 train: $(READY)
 	$(PY) -m grpo_kernels train --compare $(ARGS)
@@ -31,7 +31,8 @@ bench: $(READY)
 gpu-check:
 	$(PYTHON) benchmarks/gpu_check.py $(if $(OUT),--out $(OUT)) $(if $(STAGES),--stages $(STAGES))
 
-$(VENV)/.ready: pyproject.toml constraints.txt setup.py
+# Editing csrc builds the extension again.
+$(VENV)/.ready: pyproject.toml constraints.txt setup.py $(wildcard csrc/* csrc/*/*)
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt torch
 	$(VENV)/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[test]'
