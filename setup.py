@@ -15,7 +15,9 @@ from setuptools.errors import CCompilerError, CompileError
 MODE = os.environ.get("GRPO_KERNELS_BUILD") or "auto"
 CSRC = Path("csrc")
 # No contraction: each instruction set fuses multiplications with additions where the source says so, nowhere else.
-FLAGS = ["-std=c++17", "-O3", "-ffp-contract=off", "-fvisibility=hidden", "-g0", "-Wall", "-Wextra", "-Wno-psabi"]
+FLAGS = ["-std=c++17", "-O3", "-ffp-contract=off", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-psabi"]
+if "-g" not in os.environ.get("CFLAGS", ""):
+    FLAGS.append("-g0")  # Python's own flags ask for debug information, which is most of 7 MB
 # The row kernels are compiled once for each instruction set and chosen at run time.
 INSTRUCTION_SETS = {"baseline": []}
 if platform.machine().lower() in ("x86_64", "amd64"):
