@@ -30,7 +30,7 @@ SANITIZE := -g -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-
 runtime = $$($${CXX:-g++} -print-file-name=$(1))
 
 sanitize: $(READY)
-	mkdir -p $(SANITIZED) && cp -r grpo_kernels $(SANITIZED)
+	mkdir -p $(SANITIZED) && cp -r grpo_kernels $(SANITIZED) && rm -f $(SANITIZED)/grpo_kernels/*.so
 	CFLAGS="$(SANITIZE)" LDFLAGS="$(SANITIZE)" GRPO_KERNELS_BUILD=cpu \
 	  $(PY) setup.py -q build_ext --build-temp $(SANITIZED)/objects --build-lib $(SANITIZED)
 	cd $(SANITIZED) && ASAN_OPTIONS=detect_leaks=0 \
