@@ -141,7 +141,7 @@ std::vector<std::string> instruction_sets() {
 pybind11::dict build_info() {
   pybind11::dict info;
 #if defined(__clang__)
-  info["compiler"] = "clang " __VERSION__;
+  info["compiler"] = __VERSION__;  // begins with Clang
 #else
   info["compiler"] = "g++ " __VERSION__;
 #endif

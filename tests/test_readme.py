@@ -75,7 +75,7 @@ def test_doctor() -> None:
         assert "extension: not built" in shown
     else:
         assert re.search(
-            r"extension: (g\+\+|clang) [\d.]+.*, -std=c\+\+17.*\n +instruction sets .*baseline; here \w+ is used", shown
+            r"extension: (g\+\+|Clang) [\d.]+.*, -std=c\+\+17.*\n +instruction sets .*baseline; here \w+ is used", shown
         )
     for name in json.loads(as_json)["backends"]:
         assert f"| `{name}` |" in TEXT, "the README's table of backends is that of the code"
