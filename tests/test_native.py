@@ -328,7 +328,7 @@ def build(folder: Path, **environment: str) -> subprocess.CompletedProcess:
 
 
 def test_without_the_extension(tmp_path: Path) -> None:
-    pytest.importorskip("setuptools")
+    pytest.importorskip("setuptools", minversion="77")
     pytest.importorskip("pybind11")
     assert build(tmp_path, GRPO_KERNELS_BUILD="none").returncode == 0
     code = "import grpo_kernels as gk; print(gk.__file__, gk.backends()['cpp'])"
@@ -340,7 +340,7 @@ def test_without_the_extension(tmp_path: Path) -> None:
 
 def test_a_build_that_fails(tmp_path: Path) -> None:
     """auto says what is missing and goes on; cpu does not go on."""
-    pytest.importorskip("setuptools")
+    pytest.importorskip("setuptools", minversion="77")
     pytest.importorskip("pybind11")
     broken = {"CC": "no-such-compiler", "CXX": "no-such-compiler"}
     auto = build(tmp_path, GRPO_KERNELS_BUILD="auto", **broken)
