@@ -14,7 +14,6 @@
 #include "common/math.h"
 #include "common/max_sum.h"
 #include "common/pair_losses.h"
-#include "cpu/huge_pages.h"
 #include "cpu/instruction_sets.h"
 #include "cpu/parallel.h"
 
@@ -112,8 +111,7 @@ void token_logps_backward(const std::string& instruction_set, const std::string&
                           uintptr_t dtoken_logps, const Strides2& dtoken_logps_strides, uintptr_t logits,
                           const Strides3& logits_strides, uintptr_t labels, int64_t label_bytes,
                           const Strides2& labels_strides, uintptr_t lse, const Strides2& lse_strides,
-                          int64_t ignore_index, uintptr_t out, const Strides3& out_strides, int64_t fresh_bytes,
-                          int64_t num_threads) {
+                          int64_t ignore_index, uintptr_t out, const Strides3& out_strides, int64_t num_threads) {
   const cpu::RowKernels& kernels = kernels_of(instruction_set);
   const cpu::Dtype type = dtype_of(dtype);
   const cpu::Backward b{shape_of(shape),
@@ -127,7 +125,6 @@ void token_logps_backward(const std::string& instruction_set, const std::string&
   GRPO_CHECK(num_threads >= 1, num_threads, "be at least 1");
   const auto run = kernels.backward[int(type)];
   const pybind11::gil_scoped_release no_gil;
-  cpu::prefer_huge_pages(pointer(out), fresh_bytes);
   cpu::for_rows(b.shape.sequences * b.shape.positions, b.shape.vocab_size * bytes_of(type), num_threads,
                 [&](int64_t first, int64_t last) { run(b, first, last); });
 }

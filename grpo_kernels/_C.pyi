@@ -36,7 +36,6 @@ def token_logps_backward(
     ignore_index: int,
     out: int,
     out_strides: _Strides3,
-    fresh_bytes: int,
     num_threads: int,
     /,
 ) -> None: ...

@@ -86,7 +86,6 @@ def token_logps_backward(
         ignore_index,
         out.data_ptr(),
         _strides(out),
-        out.nbytes if out.data_ptr() != logits.data_ptr() and out.is_contiguous() else 0,  # likely fresh memory
         num_threads or torch.get_num_threads(),
     )
 
