@@ -110,8 +110,8 @@ void token_logps_forward(const std::string& instruction_set, const std::string& 
 void token_logps_backward(const std::string& instruction_set, const std::string& dtype, const Shape3& shape,
                           uintptr_t dtoken_logps, const Strides2& dtoken_logps_strides, uintptr_t logits,
                           const Strides3& logits_strides, uintptr_t labels, int64_t label_bytes,
-                          const Strides2& labels_strides, uintptr_t lse, const Strides2& lse_strides,
-                          int64_t ignore_index, uintptr_t out, const Strides3& out_strides, int64_t num_threads) {
+                          const Strides2& labels_strides, uintptr_t lse, int64_t ignore_index, uintptr_t out,
+                          const Strides3& out_strides, int64_t num_threads) {
   const cpu::RowKernels& kernels = kernels_of(instruction_set);
   const cpu::Dtype type = dtype_of(dtype);
   const cpu::Backward b{shape_of(shape),
@@ -120,7 +120,6 @@ void token_logps_backward(const std::string& instruction_set, const std::string&
                         pointer(dtoken_logps),
                         layout_of(dtoken_logps_strides),
                         pointer(lse),
-                        layout_of(lse_strides),
                         logits_of(out, out_strides)};
   GRPO_CHECK(num_threads >= 1, num_threads, "be at least 1");
   const auto run = kernels.backward[int(type)];

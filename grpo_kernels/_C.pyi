@@ -32,7 +32,6 @@ def token_logps_backward(
     label_bytes: int,
     labels_strides: _Strides2,
     lse: int,
-    lse_strides: _Strides2,
     ignore_index: int,
     out: int,
     out_strides: _Strides3,

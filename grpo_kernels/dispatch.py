@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import importlib
 import importlib.util
 import os
@@ -69,7 +68,6 @@ def _triton_interprets() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
-@functools.cache
 def _extension_problem() -> str | None:
     """Why grpo_kernels._C cannot be imported; None: it can."""
     try:
@@ -81,9 +79,11 @@ def _extension_problem() -> str | None:
     return None
 
 
+EXTENSION_PROBLEM = _extension_problem()  # once, and not while torch.compile traces
+
+
 def _cpp_not_usable_here() -> list[str]:
-    problem = _extension_problem()
-    return [problem] if problem else []
+    return [EXTENSION_PROBLEM] if EXTENSION_PROBLEM else []
 
 
 def _cpp_cannot_run(request: Request) -> list[str]:

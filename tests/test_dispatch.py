@@ -57,7 +57,7 @@ def test_triton_says_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_cpp_says_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
     on_gpu = dataclasses.replace(REQUEST, device=torch.device("cuda"))
-    monkeypatch.setattr(dispatch, "_extension_problem", lambda: None)
+    monkeypatch.setattr(dispatch, "EXTENSION_PROBLEM", None)
     with pytest.raises(NotImplementedError, match="logits are on cuda, needs the CPU"):
         dispatch.select("cpp", on_gpu)
     assert dispatch.select("cpp", REQUEST) is dispatch.select("auto", REQUEST)
@@ -73,13 +73,14 @@ def test_cpp_says_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
                 raise error
             return original(name)
 
-        dispatch._extension_problem.cache_clear()
         monkeypatch.setattr(importlib, "import_module", absent)
+        problem = dispatch._extension_problem()
+        monkeypatch.undo()
+        monkeypatch.setattr(dispatch, "EXTENSION_PROBLEM", problem)
         with pytest.raises(NotImplementedError, match=re.escape(reason)):
             dispatch.select("cpp", REQUEST)
         assert dispatch.select("auto", REQUEST).name == "torch"
         monkeypatch.undo()
-        dispatch._extension_problem.cache_clear()
 
 
 def test_auto_takes_the_first_that_can(fussy: dispatch.BackendEntry) -> None:

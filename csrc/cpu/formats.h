@@ -8,7 +8,6 @@ namespace grpo::cpu::GRPO_ISA {
 
 struct Float32 {
   using Element = float;
-  static constexpr double kEpsilon = 0x1p-23;
 
   static GRPO_INLINE void load2(const Element* x, Floats& a, Floats& b) {
     a = load<Floats>(x);
@@ -23,7 +22,6 @@ struct Float32 {
 
 struct Bfloat16 {
   using Element = uint16_t;
-  static constexpr double kEpsilon = 0x1p-7;
 
   static GRPO_INLINE void load2(const Element* x, Floats& a, Floats& b) {
     const Words both = load<Words>(x);
@@ -44,7 +42,6 @@ struct Bfloat16 {
 
 struct Float16 {
   using Element = uint16_t;
-  static constexpr double kEpsilon = 0x1p-10;
 
   static GRPO_INLINE Floats widened(const Element* x) {
 #if defined(__AVX512F__)

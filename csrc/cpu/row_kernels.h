@@ -39,8 +39,8 @@ struct Forward {
   Shape shape;
   Logits logits;
   Labels labels;
-  char* token_logps;  // contiguous; float64 for float64 logits, else float32; so is all of lse and dtoken_logps
-  char* lse;          // contiguous
+  char* token_logps;  // contiguous; float64 for float64 logits, else float32; so are lse and dtoken_logps
+  char* lse;          // contiguous: (largest logit, log of the sum of exp(logit - largest)) of each row
 };
 
 struct Backward {
@@ -49,8 +49,7 @@ struct Backward {
   Labels labels;
   const char* dtoken_logps;
   Layout dtoken_logps_layout;
-  const char* lse;
-  Layout lse_layout;
+  const char* lse;  // as the forward left it
   Logits out;  // may be the logits themselves
 };
 

@@ -27,7 +27,6 @@ template <class Format>
 struct Vectorised {
   using Element = typename Format::Element;
   using Real = float;
-  static constexpr double kEpsilon = Format::kEpsilon;
 
   static float widened(Element x) {
     Element padded[kStep] = {x};
@@ -123,7 +122,6 @@ struct Vectorised {
 struct Float64 {
   using Element = double;
   using Real = double;
-  static constexpr double kEpsilon = 0x1p-52;
 
   static double widened(double x) { return x; }
   static double narrowed(double x) { return x; }
@@ -205,55 +203,37 @@ void forward_rows(const Forward& f, int64_t first, int64_t last) {
   const int64_t vocab_size = f.shape.vocab_size, stride = f.logits.vocab_stride;
   for (int64_t row = first; row < last; ++row) {
     Real& token_logp = *at<Real>(f.token_logps, row);
-    Real& lse = *at<Real>(f.lse, row);
+    Real* lse = at<Real>(f.lse, 2 * row);
     const int64_t label = label_of(f.labels, f.shape, row);
     if (label == f.labels.ignore_index) {
-      token_logp = lse = 0;
+      token_logp = lse[0] = lse[1] = 0;
     } else if (label < 0 || label >= vocab_size) {
-      token_logp = lse = std::numeric_limits<Real>::quiet_NaN();
+      token_logp = lse[0] = lse[1] = std::numeric_limits<Real>::quiet_NaN();
     } else {
       const Element* x = at<Element>(f.logits.data, offset_of(f.logits.layout, f.shape, row));
       const MaxSum<double> parts = max_sum_of<Ops>(x, stride, vocab_size);
-      // Not logit - lse: at logits of 1e4 the lse has 3 digits behind the point.
-      token_logp = (Ops::widened(x[label * stride]) - parts.max) - std::log(parts.sum);
-      lse = parts.log_sum_exp();
+      const double log_sum = std::log(parts.sum);
+      // In this order: max + log_sum would lose digits at logits of 1e4.
+      token_logp = (Ops::widened(x[label * stride]) - parts.max) - log_sum;
+      lse[0] = parts.max;
+      lse[1] = log_sum;
     }
   }
 }
 
-// sum_v exp(x_v - lse): 1, but for the rounding of the lse.
-template <class Ops>
-double sum_of_softmax(const typename Ops::Element* x, int64_t stride, int64_t vocab_size, typename Ops::Real lse) {
-  typename Ops::Element buffer[kBlock];
-  double sum = 0;
-  for (int64_t i = 0; i < vocab_size; i += kBlock) {
-    const int64_t n = smaller(kBlock, vocab_size - i);
-    sum += Ops::exp_sum(gathered(x + i * stride, stride, n, buffer), n, lse);
-  }
-  return sum;
-}
-
-// Whether an lse saved in the Real of the row is good enough for a gradient of the row's dtype. Its rounding (half a
-// unit of the last place) is a relative error that all of the softmax shares; a 32nd of the dtype's is let pass.
-template <class Ops>
-bool is_exact_enough(typename Ops::Real lse) {
-  const double rounding = std::fabs(lse) * std::numeric_limits<typename Ops::Real>::epsilon() / 2;
-  return rounding <= Ops::kEpsilon / 32;
-}
-
-// out = exp(x - lse) * factor over a row.
+// out = exp(x - shift) * factor over a row.
 template <class Ops>
 void write_row(const Backward& b, const typename Ops::Element* x, typename Ops::Element* out,
-               typename Ops::Real lse, typename Ops::Real factor) {
+               typename Ops::Real shift, typename Ops::Real factor) {
   typename Ops::Element buffer[kBlock], results[kBlock];
   const int64_t vocab_size = b.shape.vocab_size, stride = b.logits.vocab_stride, out_stride = b.out.vocab_stride;
   for (int64_t i = 0; i < vocab_size; i += kBlock) {
     const int64_t n = smaller(kBlock, vocab_size - i);
     const auto* block = gathered(x + i * stride, stride, n, buffer);
     if (out_stride == 1) {
-      Ops::write_exp(block, out + i, n, lse, factor);
+      Ops::write_exp(block, out + i, n, shift, factor);
     } else {
-      Ops::write_exp(block, results, n, lse, factor);
+      Ops::write_exp(block, results, n, shift, factor);
       for (int64_t j = 0; j < n; ++j) out[(i + j) * out_stride] = results[j];
     }
   }
@@ -261,15 +241,12 @@ void write_row(const Backward& b, const typename Ops::Element* x, typename Ops::
 
 template <class Ops>
 void backward_row(const Backward& b, const typename Ops::Element* x, typename Ops::Element* out, int64_t label,
-                  typename Ops::Real lse, typename Ops::Real scale) {
+                  const typename Ops::Real* lse, typename Ops::Real scale) {
   using Real = typename Ops::Real;
-  const int64_t vocab_size = b.shape.vocab_size, stride = b.logits.vocab_stride;
   if (scale != scale) scale = std::numeric_limits<Real>::quiet_NaN();  // for the rounding to bfloat16
-  // For float32 this reads the row into the second cache, from where it is read again; bfloat16 seldom needs it.
-  const double sum = is_exact_enough<Ops>(lse) ? 1.0 : sum_of_softmax<Ops>(x, stride, vocab_size, lse);
-  const double label_logp = double(Ops::widened(x[label * stride])) - lse - std::log(sum);
-  const Real factor = -scale / sum;
-  write_row<Ops>(b, x, out, lse, factor);
+  const double max = lse[0], log_sum = lse[1];
+  const double label_logp = (Ops::widened(x[label * b.logits.vocab_stride]) - max) - log_sum;
+  write_row<Ops>(b, x, out, lse[0], Real(-scale * std::exp(-log_sum)));
   out[label * b.out.vocab_stride] = Ops::narrowed(Real(scale * -std::expm1(label_logp)));  // scale * (1 - softmax)
 }
 
@@ -287,7 +264,7 @@ void backward_rows(const Backward& b, int64_t first, int64_t last) {
       fill(out, b.out.vocab_stride, vocab_size, Ops::narrowed(std::numeric_limits<Real>::quiet_NaN()));
     } else {
       const Element* x = at<Element>(b.logits.data, offset_of(b.logits.layout, b.shape, row));
-      const Real lse = *at<Real>(b.lse, offset_of(b.lse_layout, b.shape, row));
+      const Real* lse = at<Real>(b.lse, 2 * row);
       const Real scale = *at<Real>(b.dtoken_logps, offset_of(b.dtoken_logps_layout, b.shape, row));
       backward_row<Ops>(b, x, out, label, lse, scale);
     }

@@ -30,8 +30,8 @@ def token_logps_forward(
 ) -> tuple[Tensor, Tensor]:
     """The contract's function. ``num_threads``: PyTorch's where None."""
     shape = _checked(logits, labels)
-    token_logps = torch.empty(labels.shape, dtype=accumulation_dtype(logits))
-    lse = torch.empty_like(token_logps)
+    token_logps = torch.empty(labels.shape, dtype=accumulation_dtype(logits), device=logits.device)
+    lse = torch.empty(*labels.shape, 2, dtype=token_logps.dtype, device=logits.device)
     _C.token_logps_forward(
         INSTRUCTION_SET,
         DTYPES[logits.dtype],
@@ -62,7 +62,7 @@ def token_logps_backward(
     shape = _checked(logits, labels)
     for name, tensor, wanted, dtype in (
         ("dtoken_logps", dtoken_logps, labels.shape, accumulation_dtype(logits)),
-        ("lse", lse, labels.shape, accumulation_dtype(logits)),
+        ("lse", lse, (*labels.shape, 2), accumulation_dtype(logits)),
         ("out", out, logits.shape, logits.dtype),
     ):
         if tensor.shape != wanted or tensor.dtype != dtype or tensor.device.type != "cpu":
@@ -70,6 +70,7 @@ def token_logps_backward(
                 f"{name} must be {tuple(wanted)} {dtype} on the CPU, "
                 f"got {tuple(tensor.shape)} {tensor.dtype} on {tensor.device}"
             )
+    lse = lse.contiguous()
     _C.token_logps_backward(
         INSTRUCTION_SET,
         DTYPES[logits.dtype],
@@ -82,7 +83,6 @@ def token_logps_backward(
         labels.itemsize,
         _row_strides(labels),
         lse.data_ptr(),
-        _row_strides(lse),
         ignore_index,
         out.data_ptr(),
         _strides(out),
