@@ -11,7 +11,7 @@ PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
 endif
 
-.PHONY: train test lint bench gpu-check clean
+.PHONY: train test lint bench sanitize gpu-check clean
 
 train: $(READY)
 	$(PY) -m grpo_kernels train --compare $(ARGS)
@@ -24,6 +24,22 @@ lint: $(READY)
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 
+# The C++ kernels under AddressSanitizer and UndefinedBehaviorSanitizer, in a copy of the package with a build of its own.
+SANITIZED := $(CURDIR)/build/sanitized
+SANITIZE := -g -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer
+runtime = $$($${CXX:-g++} -print-file-name=$(1))
+
+sanitize: $(READY)
+	mkdir -p $(SANITIZED) && cp -r grpo_kernels $(SANITIZED) && rm -f $(SANITIZED)/grpo_kernels/*.so
+	CFLAGS="$(SANITIZE)" LDFLAGS="$(SANITIZE)" GRPO_KERNELS_BUILD=cpu \
+	  $(PY) setup.py -q build_ext --build-temp $(SANITIZED)/objects --build-lib $(SANITIZED)
+	cd $(SANITIZED) && ASAN_OPTIONS=detect_leaks=0 \
+	  LD_PRELOAD="$(call runtime,libasan.so) $(call runtime,libstdc++.so)" \
+	  $(if $(findstring /,$(PY)),$(abspath $(PY)),$(PY)) -m pytest -q -p no:cacheprovider --capture=sys \
+	  -k "(native or cpp) and not extension and not build" \
+	  $(CURDIR)/tests/test_native.py $(CURDIR)/tests/test_native_mathematics.py \
+	  $(CURDIR)/tests/test_sequence_logps.py $(CURDIR)/tests/test_losses.py $(ARGS)
+
 bench: $(READY)
 	$(PY) -m grpo_kernels bench $(ARGS)
 
@@ -31,7 +47,8 @@ bench: $(READY)
 gpu-check:
 	$(PYTHON) benchmarks/gpu_check.py $(if $(OUT),--out $(OUT)) $(if $(STAGES),--stages $(STAGES))
 
-$(VENV)/.ready: pyproject.toml constraints.txt setup.py
+# Editing csrc builds the extension again.
+$(VENV)/.ready: pyproject.toml constraints.txt setup.py $(wildcard csrc/* csrc/*/*)
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt torch
 	$(VENV)/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[test]'

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grpo_kernels import reference
+from grpo_kernels import dispatch, reference
 from grpo_kernels._version import __version__
 from grpo_kernels.group_weights import GroupWeights
 from grpo_kernels.losses import GroupRobustLoss
@@ -61,10 +61,17 @@ class Contender:
     inplace_backward: bool = False
 
 
-CONTENDERS = (
-    Contender("reference", "reference"),
-    Contender("torch", "torch"),
-    Contender("torch in place", "torch", inplace_backward=True),
+# Those that this machine can run; the first is what the others are compared with.
+CONTENDERS = tuple(
+    contender
+    for contender in (
+        Contender("reference", "reference"),
+        Contender("torch", "torch"),
+        Contender("torch in place", "torch", inplace_backward=True),
+        Contender("cpp", "cpp"),
+        Contender("cpp in place", "cpp", inplace_backward=True),
+    )
+    if not dispatch.backends()[contender.backend]
 )
 CASES = (
     Case(8, 512, 32000, "float32"),

@@ -68,6 +68,28 @@ def _triton_interprets() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
+def _extension_problem() -> str | None:
+    """Why grpo_kernels._C cannot be imported; None: it can."""
+    try:
+        importlib.import_module("grpo_kernels._C")
+    except ModuleNotFoundError:
+        return "the extension is not built: pip install -e . with a C++ compiler (python -m grpo_kernels doctor)"
+    except ImportError as error:
+        return f"the extension does not load, build it again: {error}"
+    return None
+
+
+EXTENSION_PROBLEM = _extension_problem()  # once, and not while torch.compile traces
+
+
+def _cpp_not_usable_here() -> list[str]:
+    return [EXTENSION_PROBLEM] if EXTENSION_PROBLEM else []
+
+
+def _cpp_cannot_run(request: Request) -> list[str]:
+    return [] if request.device.type == "cpu" else [f"{request.argument} are on {request.device}, needs the CPU"]
+
+
 # The order is that of preference: `auto` takes the first entry that can run the input.
 BACKENDS: list[BackendEntry] = [
     BackendEntry(
@@ -78,6 +100,13 @@ BACKENDS: list[BackendEntry] = [
         _triton_cannot_run,
         auto_devices=("cuda",),
         fuses_loss=True,
+    ),
+    BackendEntry(
+        "cpp",
+        "C++ kernels, vectorised and threaded, CPU",
+        "grpo_kernels.kernels.native",
+        _cpp_not_usable_here,
+        _cpp_cannot_run,
     ),
     BackendEntry("torch", "chunked plain PyTorch, any device", "grpo_kernels.kernels.torch_chunked"),
     BackendEntry("reference", "unfused textbook in eager PyTorch, any device", None),

@@ -23,6 +23,15 @@ def _installed_version(package: str) -> str | None:
         return None
 
 
+def _extension() -> dict[str, Any] | None:
+    """How grpo_kernels._C was built, and the instruction sets that this machine can run of it, best first."""
+    if "cpp" not in [name for name, reasons in dispatch.backends().items() if not reasons]:
+        return None
+    from grpo_kernels import _C
+
+    return {**_C.build_info(), "usable": _C.instruction_sets()}
+
+
 def facts() -> dict[str, Any]:
     """Versions, devices and backends, ready for JSON."""
     devices = [f"cpu: {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"]
@@ -37,6 +46,7 @@ def facts() -> dict[str, Any]:
         "platform": platform.platform(),
         "packages": {package: _installed_version(package) for package in PACKAGES},
         "cuda": torch.version.cuda,
+        "extension": _extension(),
         "devices": devices,
         "backends": {
             entry.name: {"summary": entry.summary, "not_usable_because": entry.not_usable_here()}
@@ -56,6 +66,12 @@ def command(as_json: bool, kernels: bool = False) -> int:
     print(f"grpo_kernels {found['grpo_kernels']}, Python {found['python']}, {found['platform']}")
     print("packages: " + ", ".join(f"{name} {version or '-'}" for name, version in found["packages"].items()))
     print(f"CUDA of torch: {found['cuda'] or 'none, a CPU build'}")
+    extension = found["extension"]
+    if extension is None:
+        print("extension: not built")
+    else:
+        print(f"extension: {extension['compiler']}, {extension['flags']}")
+        print(f"           instruction sets {', '.join(extension['compiled'])}; here {extension['usable'][0]} is used")
     for device in found["devices"]:
         print(f"device {device}")
     print(f"backends, in the order that backend='auto' tries them ({dispatch.ENVIRONMENT_VARIABLE} names another):")

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
+import re
+from types import ModuleType
 
 import pytest
 import torch
@@ -12,6 +15,11 @@ import grpo_kernels as gk
 from grpo_kernels import dispatch
 
 REQUEST = dispatch.Request("logits", (2, 3, 5), torch.float32, torch.device("cpu"))
+
+
+def default() -> str:
+    """What `auto` takes on the CPU."""
+    return "torch" if gk.backends()["cpp"] else "cpp"
 
 
 @pytest.fixture
@@ -28,7 +36,7 @@ def fussy(monkeypatch: pytest.MonkeyPatch) -> dispatch.BackendEntry:
 
 
 def test_backends_lists_all_in_order() -> None:
-    assert list(gk.backends()) == ["triton", "torch", "reference"]
+    assert list(gk.backends()) == ["triton", "cpp", "torch", "reference"]
     assert gk.backends()["torch"] == gk.backends()["reference"] == []
 
 
@@ -41,14 +49,42 @@ def test_triton_says_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
         dispatch.select("triton", REQUEST)
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert gk.backends()["triton"] == []
-    assert dispatch.select("auto", REQUEST).name == "torch", "the interpreter is never chosen by auto"
+    assert dispatch.select("auto", REQUEST).name == default(), "the interpreter is never chosen by auto"
     elsewhere = dataclasses.replace(REQUEST, device=torch.device("meta"))
     with pytest.raises(NotImplementedError, match="logits are on meta, needs a CUDA device"):
         dispatch.select("triton", elsewhere)
 
 
+def test_cpp_says_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    on_gpu = dataclasses.replace(REQUEST, device=torch.device("cuda"))
+    monkeypatch.setattr(dispatch, "EXTENSION_PROBLEM", None)
+    with pytest.raises(NotImplementedError, match="logits are on cuda, needs the CPU"):
+        dispatch.select("cpp", on_gpu)
+    assert dispatch.select("cpp", REQUEST) is dispatch.select("auto", REQUEST)
+    monkeypatch.undo()
+    original = importlib.import_module
+    for error, reason in (
+        (ModuleNotFoundError("No module named 'grpo_kernels._C'"), "the extension is not built: pip install -e ."),
+        (ImportError("undefined symbol: x"), "the extension does not load, build it again: undefined symbol: x"),
+    ):
+
+        def absent(name: str, error: ImportError = error) -> ModuleType:
+            if name == "grpo_kernels._C":
+                raise error
+            return original(name)
+
+        monkeypatch.setattr(importlib, "import_module", absent)
+        problem = dispatch._extension_problem()
+        monkeypatch.undo()
+        monkeypatch.setattr(dispatch, "EXTENSION_PROBLEM", problem)
+        with pytest.raises(NotImplementedError, match=re.escape(reason)):
+            dispatch.select("cpp", REQUEST)
+        assert dispatch.select("auto", REQUEST).name == "torch"
+        monkeypatch.undo()
+
+
 def test_auto_takes_the_first_that_can(fussy: dispatch.BackendEntry) -> None:
-    assert dispatch.select("auto", REQUEST).name == "torch"
+    assert dispatch.select("auto", REQUEST).name == default()
     on_gpu = dataclasses.replace(REQUEST, device=torch.device("cuda"))
     assert dispatch.select("auto", on_gpu).name == "fussy"
 
@@ -70,7 +106,9 @@ def test_nothing_can_run(monkeypatch: pytest.MonkeyPatch, fussy: dispatch.Backen
 
 
 def test_unknown_name() -> None:
-    with pytest.raises(ValueError, match="backend must be one of 'auto', 'triton', 'torch', 'reference', got 'tritn'"):
+    with pytest.raises(
+        ValueError, match="backend must be one of 'auto', 'triton', 'cpp', 'torch', 'reference', got 'tritn'"
+    ):
         dispatch.select("tritn", REQUEST)
 
 
@@ -89,4 +127,4 @@ def test_unusable_here_wins_over_the_input(monkeypatch: pytest.MonkeyPatch) -> N
     assert gk.backends()["absent"] == ["not built"]
     with pytest.raises(NotImplementedError, match="  - not built"):
         dispatch.select("absent", REQUEST)
-    assert dispatch.select("auto", REQUEST).name == "torch"
+    assert dispatch.select("auto", REQUEST).name == default()

@@ -71,6 +71,12 @@ def test_doctor() -> None:
     assert re.search(r"torch +usable: chunked plain PyTorch", shown)
     as_json = subprocess.run([*command, "--json"], capture_output=True, text=True, check=True).stdout
     assert json.loads(as_json)["backends"]["reference"]["not_usable_because"] == []
+    if json.loads(as_json)["backends"]["cpp"]["not_usable_because"]:
+        assert "extension: not built" in shown
+    else:
+        assert re.search(
+            r"extension: (g\+\+|Clang) [\d.]+.*, -std=c\+\+17.*\n +instruction sets .*baseline; here \w+ is used", shown
+        )
     for name in json.loads(as_json)["backends"]:
         assert f"| `{name}` |" in TEXT, "the README's table of backends is that of the code"
 

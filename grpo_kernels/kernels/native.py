@@ -1,0 +1,117 @@
+"""The `cpp` backend: csrc's row kernels for the CPU, vectorised and threaded, bound as grpo_kernels._C.
+
+    token_logp = logit[label] - logsumexp(logit)        dlogit = dtoken_logp * (onehot(label) - softmax(logit))
+
+The forward reads V, the backward reads V and writes V; rows whose label is ignored are not read. Extra memory: none.
+Each row is computed whole by one thread, so the number of threads changes no bit of a result.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from grpo_kernels import _C
+from grpo_kernels.kernels.rows import accumulation_dtype
+
+INSTRUCTION_SET = _C.instruction_sets()[0]
+"""The best that this machine can run. Tests set the others."""
+
+DTYPES = {
+    torch.float32: "float32",
+    torch.bfloat16: "bfloat16",
+    torch.float16: "float16",
+    torch.float64: "float64",
+}
+
+
+def token_logps_forward(
+    logits: Tensor, labels: Tensor, ignore_index: int, num_threads: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """The contract's function. ``num_threads``: PyTorch's where None."""
+    shape = _checked(logits, labels)
+    token_logps = torch.empty(labels.shape, dtype=accumulation_dtype(logits), device=logits.device)
+    lse = torch.empty(*labels.shape, 2, dtype=token_logps.dtype, device=logits.device)
+    _C.token_logps_forward(
+        INSTRUCTION_SET,
+        DTYPES[logits.dtype],
+        shape,
+        logits.data_ptr(),
+        _strides(logits),
+        labels.data_ptr(),
+        labels.itemsize,
+        _row_strides(labels),
+        ignore_index,
+        token_logps.data_ptr(),
+        lse.data_ptr(),
+        num_threads or torch.get_num_threads(),
+    )
+    return token_logps, lse
+
+
+def token_logps_backward(
+    dtoken_logps: Tensor,
+    logits: Tensor,
+    labels: Tensor,
+    lse: Tensor,
+    ignore_index: int,
+    out: Tensor,
+    num_threads: int | None = None,
+) -> None:
+    """The contract's function. ``num_threads``: PyTorch's where None."""
+    shape = _checked(logits, labels)
+    for name, tensor, wanted, dtype in (
+        ("dtoken_logps", dtoken_logps, labels.shape, accumulation_dtype(logits)),
+        ("lse", lse, (*labels.shape, 2), accumulation_dtype(logits)),
+        ("out", out, logits.shape, logits.dtype),
+    ):
+        if tensor.shape != wanted or tensor.dtype != dtype or tensor.device.type != "cpu":
+            raise ValueError(
+                f"{name} must be {tuple(wanted)} {dtype} on the CPU, "
+                f"got {tuple(tensor.shape)} {tensor.dtype} on {tensor.device}"
+            )
+    lse = lse.contiguous()
+    _C.token_logps_backward(
+        INSTRUCTION_SET,
+        DTYPES[logits.dtype],
+        shape,
+        dtoken_logps.data_ptr(),
+        _row_strides(dtoken_logps),
+        logits.data_ptr(),
+        _strides(logits),
+        labels.data_ptr(),
+        labels.itemsize,
+        _row_strides(labels),
+        lse.data_ptr(),
+        ignore_index,
+        out.data_ptr(),
+        _strides(out),
+        num_threads or torch.get_num_threads(),
+    )
+
+
+def _checked(logits: Tensor, labels: Tensor) -> tuple[int, int, int]:
+    """(sequences, positions, V). Packed rows are one sequence."""
+    if logits.dim() not in (2, 3):
+        raise ValueError(f"logits must have shape (S, T, V) or (N, V), got {tuple(logits.shape)}")
+    if logits.dtype not in DTYPES:
+        raise TypeError(f"logits must be float32, bfloat16, float16 or float64, got {logits.dtype}")
+    if labels.shape != logits.shape[:-1]:
+        raise ValueError(f"labels must have shape {tuple(logits.shape[:-1])}, got {tuple(labels.shape)}")
+    if labels.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"labels must be int64 or int32, got {labels.dtype}")
+    for name, tensor in (("logits", logits), ("labels", labels)):
+        if tensor.device.type != "cpu":
+            raise ValueError(f"{name} must be on the CPU, got {tensor.device}")
+    sequences = 1 if logits.dim() == 2 else logits.shape[0]
+    return sequences, logits.shape[-2], logits.shape[-1]
+
+
+def _strides(logits: Tensor) -> tuple[int, int, int]:
+    """(sequence, position, vocabulary) strides in elements."""
+    return (0, *logits.stride()) if logits.dim() == 2 else logits.stride()  # type: ignore[return-value]
+
+
+def _row_strides(values: Tensor) -> tuple[int, int]:
+    """(sequence, position) strides of a tensor with one number a row; 0 where it was expanded."""
+    return (0, *values.stride()) if values.dim() == 1 else values.stride()  # type: ignore[return-value]
