@@ -10,7 +10,7 @@ from torch import Tensor
 
 from grpo_kernels import dispatch, reference, validation
 from grpo_kernels.autograd import LinearTokenLogps, PairLossFunction, TokenLogps
-from grpo_kernels.distributed import vocab_parallel
+from grpo_kernels.distributed import dtensor, vocab_parallel
 from grpo_kernels.distributed.context_parallel import SumOverRanks
 from grpo_kernels.pair_losses import PAIR_LOSSES
 from grpo_kernels.segments import packed_sequence_ids, segment_sum
@@ -70,6 +70,7 @@ def sequence_logps(
 
     Source: Ramesh et al. 2024, section 2 (pi_theta(y | x) as a sum over tokens).
     """
+    logits, vocab_shard = dtensor.local_logits(logits, vocab_shard)
     labels, entry = aligned_labels_and_backend(
         logits, labels, cu_seqlens, shift_labels, ignore_index, backend, vocab_shard, context_group
     )
@@ -102,6 +103,7 @@ def token_logps(
         >>> token_logps(torch.zeros(1, 3, 4), torch.tensor([[1, 2, -100]]))
         tensor([[-1.3863, -1.3863,  0.0000]])
     """
+    logits, vocab_shard = dtensor.local_logits(logits, vocab_shard)
     labels, entry = aligned_labels_and_backend(
         logits, labels, cu_seqlens, shift_labels, ignore_index, backend, vocab_shard
     )
@@ -132,7 +134,7 @@ def linear_sequence_logps(
         bias: (V,) or None.
         vocab_shard: weight and bias are this rank's rows; hidden is the same on every rank of the shard's group (or
             this rank's part of the positions, ``VocabShard(sequence_parallel=True)``), and its gradient is summed
-            over them.
+            over them. A weight that is a DTensor sharded on V says so itself where hidden is a DTensor, too.
 
     Returns:
         (S,) float32 (float64 for float64 hidden). Differentiable once in hidden, weight and bias; a frozen one gets no
@@ -147,6 +149,7 @@ def linear_sequence_logps(
     """
     validation.check_float_tensor("weight", weight)
     validation.check_float_tensor("hidden", hidden)
+    hidden, weight, bias, vocab_shard = dtensor.local_head(hidden, weight, bias, vocab_shard)
     hidden, weight, bias = _autocast(hidden, weight, bias)
     validation.check_head(hidden, weight, bias)
     num_columns = weight.shape[0]

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from grpo_kernels import validation
 from grpo_kernels.autograd import FusedGroupRobustLoss
-from grpo_kernels.distributed import group_sync
+from grpo_kernels.distributed import dtensor, group_sync
 from grpo_kernels.functional import aligned_labels_and_backend, linear_sequence_logps, preference_losses, sequence_logps
 from grpo_kernels.group_weights import GroupWeights
 from grpo_kernels.kernels import group_robust as tables
@@ -221,6 +221,7 @@ class GroupRobustLoss(_GroupRobustLossBase):
         """
         num_sequences = _num_sequences(logits, cu_seqlens)
         validation.check_pair_batch(num_sequences)
+        logits, vocab_shard = dtensor.local_logits(logits, self.vocab_shard)
         labels, entry = aligned_labels_and_backend(
             logits,
             labels,
@@ -228,10 +229,10 @@ class GroupRobustLoss(_GroupRobustLossBase):
             self.shift_labels,
             self.ignore_index,
             self.backend,
-            self.vocab_shard,
+            vocab_shard,
             self.context_group,
         )
-        whole_rows = self.vocab_shard is None and self.context_group is None
+        whole_rows = vocab_shard is None and self.context_group is None
         if entry.fuses_loss and self.group_weights.is_default_rule and whole_rows and total_pairs is None:
             beta = self.beta if beta is None else beta
             self._check_pairs(num_sequences // 2, logits.device, group_ids, ref_logps, beta, margin, weights)
@@ -244,7 +245,7 @@ class GroupRobustLoss(_GroupRobustLossBase):
             ignore_index=self.ignore_index,
             average=self.average_log_prob,
             inplace_backward=self.inplace_backward,
-            vocab_shard=self.vocab_shard,
+            vocab_shard=vocab_shard,
             context_group=self.context_group,
             backend=entry.name,
         )

@@ -390,6 +390,44 @@ def vocabulary_sharded_weight() -> None:
 
 
 @case
+def dtensors_say_how_they_are_sharded() -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+
+    _, world = rank_and_world()
+    mesh = init_device_mesh("cpu", (world,))
+    batch = pairs(3, length=4 * world)
+    logits, labels, ids, ref = part(batch, slice(None))
+    whole = logits.requires_grad_()
+    group = alone()
+    expected = gk.GroupRobustLoss(weights(group), backend="torch")(whole, labels, ids, ref)
+    (expected_grad,) = torch.autograd.grad(expected.loss, whole)
+    sharded = distribute_tensor(logits.detach(), mesh, [Shard(2)]).requires_grad_()
+    out = gk.GroupRobustLoss(weights(group))(sharded, labels, ids, ref)
+    (grad,) = torch.autograd.grad(out.loss, sharded)
+    torch.testing.assert_close(out.loss, expected.loss, **EXACT)
+    assert isinstance(grad, DTensor)
+    torch.testing.assert_close(grad.full_tensor(), expected_grad, **EXACT)
+    with pytest.raises(ValueError, match="logits as a DTensor must be sharded on the vocabulary, dimension 2"):
+        gk.sequence_logps(distribute_tensor(logits.detach(), mesh, [Shard(0)]), labels)
+
+    torch.manual_seed(0)
+    hidden = torch.randn(6, 4 * world, 5, dtype=torch.float64).requires_grad_()
+    weight = torch.randn(11, 5, dtype=torch.float64).requires_grad_()
+    expected_logps = gk.linear_sequence_logps(hidden, weight, labels, backend="torch")
+    wanted = torch.autograd.grad(expected_logps.sum(), (hidden, weight))
+    head = distribute_tensor(weight.detach(), mesh, [Shard(0)]).requires_grad_()
+    for placement in (Replicate(), Shard(1)):
+        states = distribute_tensor(hidden.detach(), mesh, [placement]).requires_grad_()
+        logps = gk.linear_sequence_logps(states, head, labels)
+        torch.testing.assert_close(logps, expected_logps, **EXACT)
+        for grad, want in zip(torch.autograd.grad(logps.sum(), (states, head)), wanted, strict=True):
+            torch.testing.assert_close(grad.full_tensor(), want, **EXACT)
+    with pytest.raises(ValueError, match=r"register_fsdp_forward_method, or between head.unshard\(\)"):
+        gk.linear_sequence_logps(hidden, head, labels)
+
+
+@case
 def context_parallel() -> None:
     """Contiguous and head-tail layouts, alone and inside the loss with data-parallel size 1."""
     rank, world = rank_and_world()

@@ -10,6 +10,7 @@ import os
 import sys
 import tempfile
 import traceback
+from datetime import timedelta
 from functools import lru_cache
 from pathlib import Path
 
@@ -26,10 +27,10 @@ def worker(rank: int, world: int, folder: str) -> None:
     from cases import CASES
 
     torch.set_num_threads(1)
+    store = dist.FileStore(str(Path(folder) / "store"), world)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=timedelta(seconds=60))
     results = {}
     for name, function in CASES.items():
-        store = dist.FileStore(str(Path(folder) / f"store-{name}"), world)
-        dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
         torch.manual_seed(0)
         try:
             function()
@@ -37,7 +38,8 @@ def worker(rank: int, world: int, folder: str) -> None:
         except Exception:
             results[name] = traceback.format_exc()
         Path(folder, f"rank{rank}.json").write_text(json.dumps(results))
-        dist.destroy_process_group()  # a new one for each case: what a failed case left undone harms no other
+        dist.barrier()
+    dist.destroy_process_group()
 
 
 @lru_cache
@@ -49,7 +51,7 @@ def results_of(world: int) -> list[dict[str, str]]:
     try:
         while not context.join(timeout=240):
             pass
-    except Exception as error:  # a rank died: the cases it finished still tell
+    except Exception as error:  # a rank died, in the case after the last one that all ranks finished
         print(f"world size {world}: {error}")
     found = []
     for rank in range(world):
