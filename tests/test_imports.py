@@ -12,7 +12,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "grpo_kernels"
 # A module imports only from the rows above its own.
 ORDER = [
-    {"_C", "_version", "types", "reference", "validation", "segments", "pair_losses", "alpha_rules"},
+    {"_C", "_version", "scale", "types", "reference", "validation", "segments", "pair_losses", "alpha_rules"},
     {"kernels"},
     {"distributed"},
     {"dispatch"},

@@ -1,0 +1,95 @@
+"""The calculator of docs/distributed.md against what the package allocates and sends."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from conftest import batch
+
+import grpo_kernels as gk
+from grpo_kernels import dispatch, scale
+from grpo_kernels.distributed import context_parallel, group_sync, vocab_parallel
+
+DOCUMENT = Path(__file__).parent.parent / "docs" / "distributed.md"
+
+
+class Sent(list):
+    """Collects the bytes of collectives instead of sending them."""
+
+    def all_reduce(self, tensor: torch.Tensor, **_: object) -> None:
+        self.append(tensor.nbytes)
+
+    def all_gather_into_tensor(self, out: torch.Tensor, tensor: torch.Tensor, **_: object) -> None:
+        self.append(tensor.nbytes)
+        out.copy_(tensor)
+
+
+@pytest.fixture
+def sent(monkeypatch: pytest.MonkeyPatch) -> Sent:
+    collected = Sent()
+    monkeypatch.setattr(dist, "all_reduce", collected.all_reduce)
+    monkeypatch.setattr(dist, "all_gather_into_tensor", collected.all_gather_into_tensor)
+    monkeypatch.setattr(dist, "get_world_size", lambda _=None: 1)
+    return collected
+
+
+def test_group_statistics(sent: Sent) -> None:
+    class Done:
+        def wait(self) -> None: ...
+
+    collect = sent.all_reduce
+    dist.all_reduce = lambda tensor, **options: collect(tensor) or Done()  # the fixture puts the real one back
+    group_sync.sum_over_ranks(torch.zeros(7), torch.zeros(7, dtype=torch.int64), None)
+    assert sent == [scale.group_statistics_bytes(7)]
+
+
+def test_vocabulary_gather(sent: Sent) -> None:
+    labels = torch.zeros(3, 5, dtype=torch.int64)
+    vocab_parallel.merge(torch.zeros(3, 5), torch.zeros(3, 5, 2), labels, -100, None)
+    assert sent == [scale.vocabulary_gather_bytes(15)]
+
+
+def test_context_sum(sent: Sent) -> None:
+    context_parallel.SumOverRanks.apply(torch.zeros(2, 6, dtype=torch.float64), None)
+    assert sent == [scale.context_sum_bytes(6)]
+
+
+def test_saved_bytes(backend: str) -> None:
+    if backend == "reference":
+        return
+    logits, labels = batch(dtype=torch.bfloat16)
+    _, lse = dispatch.kernels_of(backend).token_logps_forward(logits.detach(), labels, -100)
+    assert lse.nbytes == scale.saved_bytes_a_token() * labels.numel()
+    assert logits.nbytes == scale.logits_bytes(labels.numel(), logits.shape[-1])
+
+
+def test_dweight_bytes() -> None:
+    head = scale.Head("small", 1e3, 5, 13)
+    dweight = torch.zeros(head.vocab_size, head.hidden_size, dtype=torch.float32)
+    assert dweight.nbytes == scale.dweight_bytes(head)
+    assert scale.dweight_bytes(head, 4) == 4 * 5 * 4  # the largest of uneven shards
+
+
+def test_shares() -> None:
+    assert 0.06 < scale.head_share_of_step(scale.HEADS[0]) < 0.07
+    shares = [scale.head_share_of_step(head) for head in scale.HEADS]
+    assert shares == sorted(shares, reverse=True)
+    assert scale.row_kernel_share_of_head(scale.HEADS[0], 4e12, 7e14) == pytest.approx(3 * 2 / 4e12 * 7e14 / 6 / 4096)
+
+
+def test_the_document_is_current() -> None:
+    text = DOCUMENT.read_text()
+    assert scale.table() in text
+    for head in scale.HEADS:
+        assert f"{scale.dweight_bytes(head) / 2**30:.1f} GiB for {head.name}" in text
+    for name in (
+        "GroupWeights(process_group=",
+        "VocabShard(start, stop, process_group)",
+        "total_pairs",
+        "context_group",
+    ):
+        assert name in text
+    assert gk.VocabShard(0, 1, None).stop == 1
