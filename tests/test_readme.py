@@ -40,6 +40,8 @@ def test_no_block_is_left_out() -> None:
         "python -m grpo_kernels doctor",
         "python -m grpo_kernels reproduce",
         "pip install -c constraints.txt -e .",
+        "torchrun --nproc-per-node 2 examples/ddp.py",  # test_examples.py runs these two
+        "torchrun --nproc-per-node 2 examples/fsdp2.py",
     }
     assert known <= set(SHELL)
     assert [command for command in SHELL if command not in known] == [training_command()]

@@ -1,0 +1,47 @@
+"""Group-robust DPO from hidden states under FSDP2, whose sharded head the loss must see whole:
+
+    torchrun --nproc-per-node 2 examples/fsdp2.py
+
+The loss is called inside the root module's forward, where FSDP2 has gathered the head's weight.
+"""
+
+import torch
+import torch.distributed as dist
+from common import TinyModel, pairs_of_rank
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+import grpo_kernels as gk
+
+
+class ModelWithLoss(nn.Module):
+    def __init__(self, model: TinyModel, loss_fn: gk.LinearGroupRobustLoss) -> None:
+        super().__init__()
+        self.model, self.loss_fn = model, loss_fn
+
+    def forward(self, tokens: Tensor, labels: Tensor, group_ids: Tensor, ref_logps: Tensor) -> gk.GroupRobustOutput:
+        hidden = self.model.hidden(tokens)
+        return self.loss_fn(hidden, self.model.head.weight, labels, group_ids, ref_logps=ref_logps)
+
+
+def main() -> None:
+    dist.init_process_group("gloo")
+    torch.manual_seed(0)
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    weights = gk.GroupWeights(group_sizes=[600, 350, 50], step_size=0.1)
+    model = ModelWithLoss(TinyModel(), gk.LinearGroupRobustLoss(weights, beta=0.5))
+    fully_shard(model, mesh=mesh)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for step in range(20):
+        out = model(*pairs_of_rank(step, dist.get_rank(), dist.get_world_size()))
+        out.loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if dist.get_rank() == 0 and step % 5 == 4:
+            print(f"step {step + 1}: loss {out.loss.item():.6f}, alpha {[round(a, 6) for a in out.alpha.tolist()]}")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
