@@ -118,7 +118,7 @@ def test_small_differences_of_long_sequences_survive() -> None:
         ({"weights": torch.ones(4)}, ValueError, r"weights must have shape \(2,\)"),
         ({"margin": torch.ones(2, dtype=torch.int64)}, TypeError, "margin must be float32"),
         ({"weights": torch.ones(2, requires_grad=True)}, ValueError, "weights is a constant of the loss"),
-        ({"ref_logps": torch.ones(2)}, ValueError, r"ref_logps must have shape \(4,\), got \(2,\)"),
+        ({"ref_logps": torch.ones(2)}, ValueError, r"ref_logps must have shape \(4,\), one for each sequence"),
         ({"ref_logps": torch.ones(4, requires_grad=True)}, ValueError, "ref_logps is a constant"),
         ({"policy_logps": torch.zeros(3)}, ValueError, r"policy_logps must have shape \(2B,\)"),
         ({"policy_logps": torch.zeros(4, dtype=torch.int64)}, TypeError, "policy_logps must be float32"),
