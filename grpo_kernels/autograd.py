@@ -40,29 +40,38 @@ class TokenLogps(torch.autograd.Function):
 
 
 class LinearTokenLogps(torch.autograd.Function):
-    """token_logps (...) of hidden (..., D), weight (V, D) and bias (V,)."""
+    """token_logps (...) of hidden (..., D), weight (V, D) and bias (V,), by a plan of kernels/linear.py."""
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, ignore_index: int, backend: str
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        labels: Tensor,
+        ignore_index: int,
+        plan: str,
+        kept_rows: int,
+        backend: str,
     ) -> Tensor:
-        token_logps, lse = torch.ops.grpo_kernels.linear_token_logps(
-            hidden, weight, bias, labels, ignore_index, backend
+        token_logps, lse, kept = torch.ops.grpo_kernels.linear_token_logps(
+            hidden, weight, bias, labels, ignore_index, plan, kept_rows, backend
         )
-        ctx.save_for_backward(hidden, weight, bias, labels, lse)
-        ctx.options = (ignore_index, backend)
+        ctx.save_for_backward(hidden, weight, bias, labels, lse, kept)
+        ctx.options = (ignore_index, plan, backend)
         return token_logps
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dtoken_logps: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias, labels, lse = ctx.saved_tensors
-        ignore_index, backend = ctx.options
+        hidden, weight, bias, labels, lse, kept = ctx.saved_tensors
+        ignore_index, plan, backend = ctx.options
         needs_grad = ctx.needs_input_grad[:3]
         grads = torch.ops.grpo_kernels.linear_token_logps_backward(
-            dtoken_logps, hidden, weight, bias, labels, lse, ignore_index, needs_grad, backend
+            dtoken_logps, hidden, weight, bias, labels, lse, ignore_index, needs_grad, plan, kept, backend
         )
-        return (*(grad if need else None for grad, need in zip(grads, needs_grad, strict=True)), None, None, None)
+        found = (grad if need else None for grad, need in zip(grads, needs_grad, strict=True))
+        return (*found, None, None, None, None, None)
 
 
 class FusedGroupRobustLoss(torch.autograd.Function):

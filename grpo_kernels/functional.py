@@ -12,12 +12,15 @@ from grpo_kernels import dispatch, reference, validation
 from grpo_kernels.autograd import LinearTokenLogps, PairLossFunction, TokenLogps
 from grpo_kernels.distributed import dtensor, vocab_parallel
 from grpo_kernels.distributed.context_parallel import SumOverRanks
+from grpo_kernels.kernels import linear
 from grpo_kernels.pair_losses import PAIR_LOSSES
 from grpo_kernels.segments import packed_sequence_ids, segment_sum
 from grpo_kernels.types import IGNORE_INDEX, VocabShard
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+
+MAX_KEPT_BYTES = 512 << 20
 
 
 def sequence_logps(
@@ -120,6 +123,7 @@ def linear_sequence_logps(
     shift_labels: bool = False,
     ignore_index: int = IGNORE_INDEX,
     average: bool = False,
+    max_kept_bytes: int = MAX_KEPT_BYTES,
     vocab_shard: VocabShard | None = None,
     context_group: ProcessGroup | None = None,
     backend: str = "auto",
@@ -132,6 +136,9 @@ def linear_sequence_logps(
             cast as ``torch.nn.functional.linear`` would.
         labels, cu_seqlens, shift_labels, ignore_index, average, context_group, backend: as in `sequence_logps`.
         bias: (V,) or None.
+        max_kept_bytes: memory that may be kept from forward to backward to save a matrix product: a token whose
+            gradient with respect to its logits fits takes three products instead of four. 0 keeps nothing. See
+            `linear_plan`.
         vocab_shard: weight and bias are this rank's rows; hidden is the same on every rank of the shard's group (or
             this rank's part of the positions, ``VocabShard(sequence_parallel=True)``), and its gradient is summed
             over them. A weight that is a DTensor sharded on V says so itself where hidden is a DTensor, too.
@@ -170,8 +177,27 @@ def linear_sequence_logps(
     elif entry.module is None:
         per_token = reference.token_logps(F.linear(hidden, weight, bias), labels, ignore_index)
     else:
-        per_token = LinearTokenLogps.apply(hidden, weight, bias, labels, ignore_index, entry.name)
+        plan, kept_rows = linear_plan(hidden, weight, bias, labels.numel(), max_kept_bytes)
+        per_token = LinearTokenLogps.apply(hidden, weight, bias, labels, ignore_index, plan, kept_rows, entry.name)
     return _sum_over_sequences(per_token, labels, cu_seqlens, ignore_index, average, context_group)
+
+
+def linear_plan(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, num_rows: int, max_kept_bytes: int = MAX_KEPT_BYTES
+) -> tuple[str, int]:
+    """The plan of `grpo_kernels.kernels.linear` for these inputs, and the number of tokens that it may keep.
+
+    Example:
+        >>> frozen_head = torch.zeros(50, 4)
+        >>> linear_plan(torch.zeros(2, 3, 4, requires_grad=True), frozen_head, None, 6)  # two products, not four
+        ('frozen', 0)
+    """
+    validation.check_number("max_kept_bytes", max_kept_bytes, 0)
+    tensors = (hidden, weight, bias)
+    needs_grad = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in tensors]
+    kept_rows = linear.kept_rows_of(num_rows, weight, max_kept_bytes)
+    plan = linear.plan_of(needs_grad, kept_rows)
+    return plan, kept_rows if plan == "keep" else 0
 
 
 def preference_losses(

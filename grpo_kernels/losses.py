@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +10,13 @@ from torch import Tensor, nn
 from grpo_kernels import validation
 from grpo_kernels.autograd import FusedGroupRobustLoss
 from grpo_kernels.distributed import dtensor, group_sync
-from grpo_kernels.functional import aligned_labels_and_backend, linear_sequence_logps, preference_losses, sequence_logps
+from grpo_kernels.functional import (
+    MAX_KEPT_BYTES,
+    aligned_labels_and_backend,
+    linear_sequence_logps,
+    preference_losses,
+    sequence_logps,
+)
 from grpo_kernels.group_weights import GroupWeights
 from grpo_kernels.kernels import group_robust as tables
 from grpo_kernels.pair_losses import PAIR_LOSSES
@@ -321,8 +327,15 @@ class GroupRobustLoss(_GroupRobustLossBase):
 class LinearGroupRobustLoss(_GroupRobustLossBase):
     """`GroupRobustLoss` on hidden states and the head's weight; the (2B, T, V) logits are never held.
 
-    Arguments and defaults are those of `GroupRobustLoss`, without ``inplace_backward``.
+    Arguments and defaults are those of `GroupRobustLoss`, without ``inplace_backward``, and
+
+    Args:
+        max_kept_bytes: memory to trade for a matrix product; see `linear_sequence_logps`.
     """
+
+    def __init__(self, group_weights: GroupWeights, *, max_kept_bytes: int = MAX_KEPT_BYTES, **options: Any) -> None:
+        super().__init__(group_weights, **options)
+        self.max_kept_bytes = max_kept_bytes
 
     def forward(
         self,
@@ -350,6 +363,7 @@ class LinearGroupRobustLoss(_GroupRobustLossBase):
             shift_labels=self.shift_labels,
             ignore_index=self.ignore_index,
             average=self.average_log_prob,
+            max_kept_bytes=self.max_kept_bytes,
             vocab_shard=self.vocab_shard,
             context_group=self.context_group,
             backend=self.backend,

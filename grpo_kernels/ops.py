@@ -27,10 +27,11 @@ _SCHEMAS = (
     "str backend) -> Tensor",
     "token_logps_backward_(Tensor dtoken_logps, Tensor(a!) logits, Tensor labels, Tensor lse, int ignore_index, "
     "str backend) -> ()",
-    "linear_token_logps(Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, int ignore_index, str backend) "
-    "-> (Tensor, Tensor)",
+    "linear_token_logps(Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, int ignore_index, str plan, "
+    "int kept_rows, str backend) -> (Tensor, Tensor, Tensor)",
     "linear_token_logps_backward(Tensor dtoken_logps, Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, "
-    "Tensor lse, int ignore_index, bool[3] needs_grad, str backend) -> (Tensor, Tensor, Tensor)",
+    "Tensor lse, int ignore_index, bool[3] needs_grad, str plan, Tensor kept, str backend) "
+    "-> (Tensor, Tensor, Tensor)",
     # The tensors of kernels/group_robust.GroupRobustTables; moves the GroupWeights' buffers as `update` says.
     "group_robust_loss(Tensor logits, Tensor labels, Tensor? cu_seqlens, Tensor? ref_logps, Tensor group_ids, "
     "Tensor? betas, Tensor? margin, Tensor? weights, Tensor(a!) log_alpha, Tensor? group_sizes, "
@@ -79,15 +80,31 @@ def _token_logps_backward_inplace_fake(
 
 
 def _linear_token_logps(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, ignore_index: int, backend: str
-) -> tuple[Tensor, Tensor]:
-    return linear.linear_token_logps_forward(dispatch.kernels_of(backend), hidden, weight, bias, labels, ignore_index)
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    ignore_index: int,
+    plan: str,
+    kept_rows: int,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    kernels = dispatch.kernels_of(backend)
+    return linear.linear_token_logps_forward(kernels, hidden, weight, bias, labels, ignore_index, plan, kept_rows)
 
 
 def _linear_token_logps_fake(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, ignore_index: int, backend: str
-) -> tuple[Tensor, Tensor]:
-    return _token_logps_fake(hidden, labels, ignore_index, backend)
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    ignore_index: int,
+    plan: str,
+    kept_rows: int,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    token_logps, lse = _token_logps_fake(hidden, labels, ignore_index, backend)
+    return token_logps, lse, hidden.new_empty(linear.kept_shape(plan, hidden, weight, kept_rows))
 
 
 def _linear_token_logps_backward(
@@ -99,11 +116,12 @@ def _linear_token_logps_backward(
     lse: Tensor,
     ignore_index: int,
     needs_grad: Sequence[bool],
+    plan: str,
+    kept: Tensor,
     backend: str,
 ) -> tuple[Tensor, ...]:
-    grads = linear.linear_token_logps_backward(
-        dispatch.kernels_of(backend), dtoken_logps, hidden, weight, bias, labels, lse, ignore_index, needs_grad
-    )
+    arguments = (dtoken_logps, hidden, weight, bias, labels, lse, ignore_index, needs_grad, plan, kept)
+    grads = linear.linear_token_logps_backward(dispatch.kernels_of(backend), *arguments)
     # An operator's schema has no optional results: an empty tensor stands for a gradient that nobody asked for.
     return tuple(hidden.new_empty(0) if grad is None else grad for grad in grads)
 
@@ -117,6 +135,8 @@ def _linear_token_logps_backward_fake(
     lse: Tensor,
     ignore_index: int,
     needs_grad: Sequence[bool],
+    plan: str,
+    kept: Tensor,
     backend: str,
 ) -> tuple[Tensor, ...]:
     shapes = (hidden, weight, weight[:, 0])

@@ -41,16 +41,21 @@ def operator_calls() -> dict[str, tuple]:
     logits = logits.detach()
     hidden, weight, bias = torch.randn(6, 7, 5), torch.randn(13, 5), torch.randn(13)
     _, lse = OPS.token_logps(logits, labels, -100, "torch")
-    _, linear_lse = OPS.linear_token_logps(hidden, weight, bias, labels, -100, "torch")
+    _, linear_lse, kept = OPS.linear_token_logps(hidden, weight, bias, labels, -100, "keep", 42, "torch")
     upstream = torch.randn(6, 7)
     linear = (upstream, hidden, weight, bias, labels, linear_lse, -100)
     return {
         "token_logps": (logits, labels, -100, "torch"),
         "token_logps_backward": (upstream, logits, labels, lse, -100, "torch"),
         "token_logps_backward_": (upstream, logits.clone(), labels, lse, -100, "torch"),
-        "linear_token_logps": (hidden, weight, bias, labels, -100, "torch"),
-        "linear_token_logps_backward": (*linear, [True, True, True], "torch"),
-        "linear_token_logps_backward:frozen": (*linear, [True, False, False], "torch"),
+        "linear_token_logps": (hidden, weight, bias, labels, -100, "none", 0, "torch"),
+        # All labels count: rows of `kept` beyond those that do are never written.
+        "linear_token_logps:keep": (hidden, weight, bias, labels.clamp(min=0), -100, "keep", 42, "torch"),
+        "linear_token_logps:frozen": (hidden, weight, bias, labels, -100, "frozen", 0, "torch"),
+        "linear_token_logps_backward": (*linear, [True, True, True], "recompute", kept[:0], "torch"),
+        "linear_token_logps_backward:keep": (*linear, [True, True, True], "keep", kept, "torch"),
+        "linear_token_logps_backward:hidden": (*linear, [True, False, False], "keep", kept, "torch"),
+        "linear_token_logps_backward:frozen": (*linear, [True, False, False], "frozen", hidden * 2, "torch"),
         **(fused_calls() if not gk.backends()["triton"] and not torch.cuda.is_available() else {}),
     }
 

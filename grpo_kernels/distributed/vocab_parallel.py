@@ -140,7 +140,7 @@ class VocabParallelLinearTokenLogps(torch.autograd.Function):
     ) -> Tensor:
         ctx.kernels, ctx.shard, ctx.ignore_index = ShardKernels(kernels, shard), shard, ignore_index
         whole_hidden = gather_positions(hidden, shard) if shard.sequence_parallel else hidden
-        label_logits, lse = linear.linear_token_logps_forward(
+        label_logits, lse, _ = linear.linear_token_logps_forward(
             ctx.kernels, whole_hidden, weight, bias, labels, ignore_index
         )
         token_logps, lse = merge(label_logits, lse, labels, ignore_index, shard.process_group)
