@@ -9,24 +9,26 @@ from __future__ import annotations
 
 import gc
 import json
-import platform
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from datetime import date
 from pathlib import Path
 from statistics import median, quantiles
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from grpo_kernels import dispatch, reference
-from grpo_kernels._version import __version__
+from grpo_kernels import bench_linear, dispatch, reference
+from grpo_kernels.bench_linear import LinearCase
+from grpo_kernels.bench_machine import environment, resident_kib
 from grpo_kernels.group_weights import GroupWeights
 from grpo_kernels.losses import GroupRobustLoss
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 GROUP_SIZES = [700, 220, 80]
 
@@ -168,31 +170,9 @@ def report_peak_memory() -> None:
     operation = loss_and_gradient(contender, case)
     gc.collect()
     Path("/proc/self/clear_refs").write_text("5")  # sets the high-water mark back to what is resident now
-    before = _status_kib("VmRSS")
+    before = resident_kib("VmRSS")
     operation(*inputs)
-    print((_status_kib("VmHWM") - before) / 1024)
-
-
-def _status_kib(field: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(field))
-
-
-def environment() -> dict[str, Any]:
-    cpu = next(
-        (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
-        platform.processor(),
-    )
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout
-    return {
-        "date": date.today().isoformat(),
-        "device": f"{cpu}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}",
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "grpo_kernels": __version__,
-        "commit": commit.strip() or None,
-        "command": "python -m grpo_kernels bench",
-    }
+    print((resident_kib("VmHWM") - before) / 1024)
 
 
 def _records_of(case: Case, repetitions: int) -> list[dict[str, Any]]:
@@ -227,31 +207,47 @@ def _records_of(case: Case, repetitions: int) -> list[dict[str, Any]]:
     return records
 
 
-def run(cases: Sequence[Case], repetitions: int, out: Path) -> list[dict[str, Any]]:
+def run(cases: Sequence[Case | LinearCase], repetitions: int, out: Path) -> list[dict[str, Any]]:
     """Measure, print a table, and write ``<out>/cpu/<case>.json``."""
     from rich.console import Console
-    from rich.table import Table
 
     console, found, folder = Console(), environment(), out / "cpu"
     folder.mkdir(parents=True, exist_ok=True)
     all_records = []
     for case in cases:
         with console.status(f"measuring {case.name}"):
-            records = _records_of(case, repetitions)
-        table = Table(title=f"{case.name}, forward + backward")
-        for title in ("contender", "median ms", "IQR ms", "x reference", "of copy", "peak extra MiB"):
-            table.add_column(title, justify="left" if title == "contender" else "right")
+            measure = _records_of if isinstance(case, Case) else bench_linear.records_of
+            records = measure(case, repetitions)  # type: ignore[arg-type]
+        console.print(_table(case.name, records))
         for record in records:
-            low, high = record["iqr_ms"]
-            row = [record["contender"], record["median_ms"], f"{low}-{high}", record["times_faster_than_reference"]]
-            table.add_row(*map(str, [*row, record["fraction_of_copy"], record["peak_extra_mib"]]))
-        console.print(table)
+            if "not_measured_because" in record:
+                console.print(f"{record['contender']}: {record['not_measured_because']}", highlight=False)
         (folder / f"{case.name}.json").write_text(json.dumps({**found, "records": records}, indent=2) + "\n")
         all_records += records
     console.print(f"records are in {folder}", highlight=False)
     return all_records
 
 
+def _table(title: str, records: list[dict[str, Any]]) -> Table:
+    from rich.table import Table
+
+    against = "fraction_of_copy" if "fraction_of_copy" in records[0] else "times_bare_products"
+    table = Table(title=f"{title}, forward + backward")
+    for column in ("contender", "median ms", "IQR ms", "x reference", against.replace("_", " "), "peak extra MiB"):
+        table.add_column(column, justify="left" if column == "contender" else "right")
+    for record in records:
+        if "median_ms" in record:
+            low, high = record["iqr_ms"]
+            row = [record["contender"], record["median_ms"], f"{low}-{high}", record["times_faster_than_reference"]]
+            table.add_row(*map(str, [*row, record[against], record["peak_extra_mib"]]))
+    return table
+
+
 def command(out: str, quick: bool) -> int:
-    run(QUICK_CASES if quick else CASES, 5 if quick else 9, Path(out))
+    from grpo_kernels import bench_plots
+
+    cases = (*QUICK_CASES, *bench_linear.QUICK_CASES) if quick else (*CASES, *bench_linear.CASES)
+    run(cases, 5 if quick else 9, Path(out))
+    for picture in bench_plots.draw(Path(out) / "cpu", Path(out) / "cpu"):
+        print(f"picture: {picture}")
     return 0

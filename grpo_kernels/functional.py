@@ -238,6 +238,7 @@ def preference_losses(
     num_pairs = policy_logps.shape[0] // 2
     validation.check_beta(beta, num_pairs, policy_logps.device)
     validation.check_loss_options(loss_type, label_smoothing, PAIR_LOSSES)
+    policy_logps = at_least_float32(policy_logps)
     ratios = policy_logps if ref_logps is None else policy_logps - ref_logps
     h = ratios[:num_pairs] - ratios[num_pairs:]
     if margin is not None:
@@ -248,6 +249,11 @@ def preference_losses(
         validation.check_pair_vector("weights", weights, num_pairs, h.device)
         losses = losses * weights
     return losses
+
+
+def at_least_float32(logps: Tensor) -> Tensor:
+    """bfloat16 would turn -812.3 and -811.9 into a margin of 0, and float16 overflows in a square."""
+    return logps if logps.dtype in (torch.float32, torch.float64) else logps.float()
 
 
 def aligned_labels_and_backend(
@@ -278,6 +284,8 @@ def _token_logps(
     vocab_shard: VocabShard | None,
     entry: dispatch.BackendEntry,
 ) -> Tensor:
+    if inplace_backward:
+        validation.check_no_overlap("logits", logits)
     if vocab_shard is not None:
         kernels = dispatch.kernels_of(entry.name)
         return vocab_parallel.VocabParallelTokenLogps.apply(
@@ -307,6 +315,8 @@ def _aligned(
 
 def _shifted(labels: Tensor, cu_seqlens: Tensor | None, ignore_index: int) -> Tensor:
     """Labels moved one to the left: row t holds what it predicts, and the last row of a sequence predicts nothing."""
+    if labels.shape[-1] == 0:
+        return labels
     nothing = labels.new_full((*labels.shape[:-1], 1), ignore_index)
     shifted = torch.cat([labels[..., 1:], nothing], dim=-1)
     if cu_seqlens is None:

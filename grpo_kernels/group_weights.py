@@ -141,7 +141,7 @@ class GroupWeights(nn.Module):
         self._ranks = _SharedReference(process_group)
         self._in_flight: list[group_sync.PendingSum] = []
         self._warned = False
-        self._last_update: tuple[Tensor, Tensor] | None = None
+        self._weighed: list[Tensor] = []
         self.register_buffer("log_alpha", torch.empty(self.num_groups, dtype=torch.float64))
         self.register_buffer("group_sizes", sizes)
         self.register_buffer("pending_sums", torch.empty(self.num_groups, dtype=torch.float64))
@@ -201,7 +201,7 @@ class GroupWeights(nn.Module):
         losses = self.group_losses(group_loss_sums, group_counts)
         if self.estimator == "importance":  # an absent group's loss of 0 is unbiased as it stands
             present = torch.ones_like(present)
-        finite = torch.isfinite(group_loss_sums).all()
+        finite = torch.isfinite(group_loss_sums).all() & torch.isfinite(losses).all()
         usable = finite & (group_counts.sum() > 0)
         if self.loss_ema:
             losses, present = self._averaged(losses, present & usable)
@@ -210,7 +210,13 @@ class GroupWeights(nn.Module):
             losses = losses + self.adjustment / self.group_sizes.double().sqrt()
         moved = self._moved_log_alpha(losses, present)
         # An empty batch, or one without finite losses, moves nothing.
-        self.log_alpha.copy_(torch.where(usable, moved, self.log_alpha))
+        log_alpha = torch.where(usable, moved, self.log_alpha)
+        if torch.compiler.is_compiling():
+            # Not in place: a compiled backward may recompute the loss's weights, and would do so from the moved alpha.
+            self.log_alpha = log_alpha
+        else:
+            self.log_alpha.copy_(log_alpha)
+        self._weighed.clear()
         self.skipped_updates.add_((~finite).long())
         if not torch.compiler.is_compiling() and self.log_alpha.device.type == "cpu":
             self._warn_if_skipped()
@@ -246,7 +252,12 @@ class GroupWeights(nn.Module):
         return float(self.num_ranks) if self.gradient_reduction == "mean" else 1.0
 
     def take_in(
-        self, group_loss_sums: Tensor, group_counts: Tensor, context_size: int = 1, total_pairs: Any = None
+        self,
+        group_loss_sums: Tensor,
+        group_counts: Tensor,
+        logps: Tensor,
+        context_size: int = 1,
+        total_pairs: Any = None,
     ) -> tuple[Tensor, Tensor]:
         """What a forward of the loss does with the statistics of the rank's batch (K,): sum them over the ranks and
         move alpha, or keep them for `step`, or nothing.
@@ -254,7 +265,8 @@ class GroupWeights(nn.Module):
         Returns:
             sums (differentiable) and counts that the loss is made of. Their value is the whole batch's, the same on
             every rank; the gradient goes to the rank's own pairs, scaled for the engine's reduction over
-            ``context_size`` times as many ranks. With ``total_pairs`` they are the rank's own.
+            ``context_size`` times as many ranks. With ``total_pairs`` they are the rank's own. ``logps`` (2B,) tell
+            one batch from another.
         """
         update = self.update_of_forward()
         self.check_ranks(update)
@@ -266,12 +278,14 @@ class GroupWeights(nn.Module):
             if several_ranks:
                 self._accumulate_later(own_sums, group_counts)
             else:
-                self.apply_update(update, own_sums, group_counts)
+                self._apply_update(update, own_sums, group_counts)
+            self.after_forward(update, logps)
             return scale * group_loss_sums, group_counts
         batch_sums, batch_counts = own_sums, group_counts
         if several_ranks:
             batch_sums, batch_counts = group_sync.sum_over_ranks(own_sums, group_counts, self.process_group)
-        self.apply_update(update, batch_sums, batch_counts)
+        self._apply_update(update, batch_sums, batch_counts)
+        self.after_forward(update, logps)
         if several_ranks or scale != 1:
             group_loss_sums = batch_sums + scale * (group_loss_sums - own_sums)
         return group_loss_sums, batch_counts
@@ -295,13 +309,11 @@ class GroupWeights(nn.Module):
                 "outside the checkpointed region"
             )
 
-    def apply_update(self, update: str, group_loss_sums: Tensor, group_counts: Tensor) -> None:
-        """What a forward of the loss does with its batch: move alpha, or add to the statistics, or nothing."""
+    def _apply_update(self, update: str, group_loss_sums: Tensor, group_counts: Tensor) -> None:
         if update == "lagged":
             self.accumulate(group_loss_sums, group_counts)
         elif update == "inline":
             self.update(group_loss_sums, group_counts)
-        self.after_forward(update, group_loss_sums, group_counts)
 
     def update_of_forward(self) -> str:
         """What a forward of the loss has to do now: "inline", "lagged", "recomputed" or "none".
@@ -316,14 +328,21 @@ class GroupWeights(nn.Module):
             return "recomputed"
         return "none" if group_sync.is_pipeline_inference() else self.update_mode
 
-    def after_forward(self, update: str, group_loss_sums: Tensor, group_counts: Tensor) -> None:
-        """Remember the batch that moved alpha, so that a forward run again can be told from a new one."""
+    def after_forward(self, update: str, logps: Tensor) -> None:
+        """Remember the batch (its log-probabilities) by the alpha that weighs it, so that a forward that is run again
+        inside a backward can be told from a new one.
+
+        Raises:
+            RuntimeError: a forward run again whose batch the present alpha has not weighed.
+        """
         if update == "none" or torch.compiler.is_compiling():
             return
         if update == "recomputed":
-            self._check_recomputed(group_loss_sums, group_counts)
+            self._check_recomputed(logps)
             return
-        self._last_update = (group_loss_sums, group_counts)
+        if self.update_mode == "inline":
+            self._weighed.clear()
+        self._weighed.append(logps)
         if self.log_alpha.device.type == "cpu":
             self._warn_if_skipped()
 
@@ -376,20 +395,17 @@ class GroupWeights(nn.Module):
             if value.shape != (self.num_groups,):
                 raise ValueError(f"{name} must have shape ({self.num_groups},), got {tuple(value.shape)}")
 
-    def _check_recomputed(self, group_loss_sums: Tensor, group_counts: Tensor) -> None:
-        """A forward run again must be the last one: another would be weighed by an alpha that has moved on."""
-        last = self._last_update
-        same = (
-            last is not None
-            and torch.equal(last[1], group_counts)
-            and torch.allclose(last[0], group_loss_sums, rtol=1e-3, equal_nan=True)
+    def _check_recomputed(self, logps: Tensor) -> None:
+        """A forward run again must be of a batch that the present alpha weighed: else the gradient would be wrong."""
+        for seen in self._weighed:
+            if seen.shape == logps.shape and torch.allclose(seen, logps, rtol=1e-4, equal_nan=True):
+                return
+        raise RuntimeError(
+            "a checkpointed GroupRobustLoss is run again for a batch that is not the last one that moved alpha (or, "
+            "with update='lagged', that none of the forwards since the last step() had). Call backward before alpha "
+            "moves again, use torch.utils.checkpoint with use_reentrant=False, or keep the loss outside the "
+            "checkpointed region"
         )
-        if not same and self.update_mode == "inline":
-            raise RuntimeError(
-                "a checkpointed GroupRobustLoss is run again for a batch that is not the last one that moved alpha. "
-                "Call backward after each forward, use torch.utils.checkpoint with use_reentrant=False, "
-                "use update='lagged', or keep the loss outside the checkpointed region"
-            )
 
     def _warn_if_skipped(self) -> None:
         if not self._warned and int(self.skipped_updates) > 0:
@@ -418,7 +434,7 @@ class GroupWeights(nn.Module):
             assert changed is not None
             if changed.dtype != buffer.dtype:
                 self._buffers[name] = buffer.to(changed.device)
-        self._last_update = None
+        self._weighed.clear()
         return self
 
     def _load_from_state_dict(

@@ -13,6 +13,7 @@ from grpo_kernels.distributed import dtensor, group_sync
 from grpo_kernels.functional import (
     MAX_KEPT_BYTES,
     aligned_labels_and_backend,
+    at_least_float32,
     linear_sequence_logps,
     preference_losses,
     sequence_logps,
@@ -79,6 +80,7 @@ class _GroupRobustLossBase(nn.Module):
         ``total_pairs`` as in `GroupRobustLoss.forward`.
         """
         validation.check_logps(policy_logps, ref_logps)
+        policy_logps = at_least_float32(policy_logps)
         num_pairs, num_groups = policy_logps.shape[0] // 2, self.group_weights.num_groups
         beta = self.beta if beta is None else beta
         self._check_pairs(num_pairs, policy_logps.device, group_ids, ref_logps, beta, margin, weights)
@@ -98,7 +100,9 @@ class _GroupRobustLossBase(nn.Module):
         losses = losses.masked_fill(~known, torch.nan)
         sums = segment_sum(losses, ids, num_groups)
         counts = segment_sum(torch.ones_like(losses, requires_grad=False), ids, num_groups).long()
-        sums, counts = self.group_weights.take_in(sums, counts, self._context_size(), total_pairs)
+        sums, counts = self.group_weights.take_in(
+            sums, counts, policy_logps.detach(), self._context_size(), total_pairs
+        )
         group_losses = self.group_weights.group_losses(sums, counts, total_pairs)
         loss = (self.group_weights.loss_weights() * group_losses).sum().to(losses.dtype)
         ratios = policy_logps.detach() if ref_logps is None else policy_logps.detach() - ref_logps
@@ -272,6 +276,8 @@ class GroupRobustLoss(_GroupRobustLossBase):
         weights: Tensor | None,
     ) -> GroupRobustOutput:
         """`from_logps` of `sequence_logps` in one operator; arguments are checked and labels aligned already."""
+        if self.inplace_backward:
+            validation.check_no_overlap("logits", logits)
         of_groups = self.group_weights
         update = of_groups.update_of_forward()
         of_groups.check_ranks(update)
@@ -308,7 +314,7 @@ class GroupRobustLoss(_GroupRobustLossBase):
             of_groups.gradient_scale if several_ranks else 1.0,
             backend,
         )
-        of_groups.after_forward(update, groups[tables.SUMS].detach(), counts)
+        of_groups.after_forward(update, sequences[tables.LOGPS].detach())
         num_pairs = pairs.shape[1]
         rewards = sequences[tables.REWARDS].detach()
         return GroupRobustOutput(

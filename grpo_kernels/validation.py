@@ -39,7 +39,7 @@ def check_number(
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
     above = value > low if open_low else value >= low
     below = value < high if open_high else value <= high
-    if not (math.isfinite(value) and above and below):
+    if not (abs(value) < math.inf and above and below):  # Dynamo traces this; not math.isfinite
         interval = f"{'(' if open_low else '['}{low}, {high}{')' if open_high or high == math.inf else ']'}"
         raise ValueError(f"{name} must be finite and in {interval}, got {value}")
 
@@ -116,6 +116,12 @@ def _check_cu_seqlens(cu_seqlens: Tensor, rows_name: str, rows: Tensor) -> None:
             raise ValueError(
                 f"cu_seqlens must rise from 0 to {rows.shape[0]}, the number of rows of {rows_name}, got {ends}"
             )
+
+
+def check_no_overlap(name: str, value: Tensor) -> None:
+    """Memory that several rows share cannot take a gradient for each."""
+    if any(stride == 0 and size > 1 for size, stride in zip(value.shape, value.stride(), strict=True)):
+        raise ValueError(f"inplace_backward must be False for {name} that were expanded, got strides {value.stride()}")
 
 
 def check_vocab_shard(vocab_shard: Any, columns_name: str, num_columns: int) -> None:

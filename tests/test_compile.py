@@ -92,6 +92,38 @@ def test_fullgraph(backend: str, compiler: str, inplace: bool) -> None:
     torch.testing.assert_close(loss_fn.group_weights.log_alpha, eager.group_weights.log_alpha)
 
 
+def test_a_compiled_backward_that_recomputes_uses_the_weights_of_its_forward() -> None:
+    from torch.utils.checkpoint import checkpoint
+
+    def make() -> gk.GroupRobustLoss:
+        weights = gk.GroupWeights(group_sizes=[60, 35, 5], step_size=0.9)
+        return gk.GroupRobustLoss(weights, reference_free=True, backend="torch")
+
+    logits, labels = batch(num_pairs=4, dtype=torch.float32)
+    expected = torch.autograd.grad(make()(logits * 1.0, labels, ids()).loss, logits)[0]
+    loss_fn = make()
+    run = torch.compile(
+        lambda x: checkpoint(lambda y: loss_fn(y * 1.0, labels, ids()).loss, x, use_reentrant=False),
+        backend="aot_eager",
+    )
+    torch.testing.assert_close(torch.autograd.grad(run(logits), logits)[0], expected)
+
+
+def test_dynamic_shapes_and_another_beta() -> None:
+    torch.compiler.reset()
+    weights = gk.GroupWeights(group_sizes=[60, 35, 5], step_size=0.0)
+    loss_fn = gk.GroupRobustLoss(weights, reference_free=True, backend="torch")
+    compiled = torch.compile(loss_fn, fullgraph=True, dynamic=True, backend="aot_eager")
+    for beta, length in ((0.1, 7), (0.2, 7), (0.3, 9)):
+        logits, labels = batch(num_pairs=4, length=length, dtype=torch.float32)
+        loss_fn.beta = beta
+        got = compiled(logits, labels, ids()).loss
+        torch.testing.assert_close(got, loss_fn(logits, labels, ids()).loss)
+        torch.testing.assert_close(
+            compiled(logits, labels, ids(), beta=2 * beta).loss, loss_fn(logits, labels, ids(), beta=2 * beta).loss
+        )
+
+
 def test_fullgraph_linear_and_model() -> None:
     class Model(torch.nn.Module):
         def __init__(self) -> None:

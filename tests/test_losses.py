@@ -247,6 +247,76 @@ def test_recomputing_an_older_batch_is_refused() -> None:
         first.backward()
 
 
+def test_recomputing_is_refused_though_the_losses_are_the_same() -> None:
+    """At the start of training the policy is the reference: every pair's loss is log 2, in every batch."""
+    logits, labels, _ = inputs()
+    loss_fn, batches = make(), (logits, logits.detach().flip(1).requires_grad_())
+    losses = []
+    for batch_logits in batches:
+        ref = gk.sequence_logps(batch_logits, labels).detach()
+        losses.append(
+            checkpoint(lambda x, r=ref: loss_fn(x, labels, ids(), ref_logps=r).loss, batch_logits, use_reentrant=False)
+        )
+    with pytest.raises(RuntimeError, match="not the last one that moved alpha"):
+        sum(losses).backward()
+
+
+def test_lagged_checkpointing() -> None:
+    """Micro-batches of a step may be run again, in any order; after step(), or uncounted by reentrant ones, no more."""
+    logits, labels, ref = inputs()
+    plain, loss_fn = make(update="lagged"), make(update="lagged")
+    batches = (logits, (logits.detach() * 2).requires_grad_())
+
+    def call(module, x: torch.Tensor) -> torch.Tensor:
+        return module(x, labels, ids(), ref_logps=ref).loss
+
+    expected = torch.autograd.grad(sum(call(plain, x) for x in batches), batches)
+    total = sum(checkpoint(lambda x: call(loss_fn, x), x, use_reentrant=False) for x in batches)
+    for got, want in zip(torch.autograd.grad(total, batches), expected, strict=True):
+        assert torch.equal(got, want)
+    late = checkpoint(lambda x: call(loss_fn, x), logits, use_reentrant=False)
+    loss_fn.group_weights.step()
+    with pytest.raises(RuntimeError, match="since the last step"):
+        late.backward()
+    reentrant = checkpoint(lambda x: call(loss_fn, x), logits, use_reentrant=True)
+    with pytest.raises(RuntimeError, match="use_reentrant=False"):
+        reentrant.backward()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_log_probabilities_are_widened(dtype: torch.dtype) -> None:
+    logps = torch.tensor([-600.0, 600.0, -600.0, 600.0], dtype=dtype)
+    for loss_type in ("sigmoid", "ipo"):
+        losses = gk.preference_losses(logps, loss_type=loss_type)
+        assert torch.equal(losses, gk.preference_losses(logps.float(), loss_type=loss_type))
+    out = make(reference_free=True).from_logps(logps, torch.tensor([0, 1]))
+    assert out.chosen_logps.dtype == out.pair_losses.dtype == torch.float32
+
+
+def test_inplace_backward_refuses_expanded_logits(backend: str) -> None:
+    labels = torch.zeros(8, 5, dtype=torch.int64)
+    logits = torch.randn(1, 5, 9, requires_grad=True).expand(8, 5, 9)
+    loss_fn = make(backend, inplace_backward=True, reference_free=True)
+    if backend != "reference":
+        with pytest.raises(ValueError, match="inplace_backward must be False for logits that were expanded"):
+            loss_fn(logits, labels, ids())
+
+
+def test_no_positions_with_shifted_labels(backend: str) -> None:
+    logits = torch.zeros(4, 0, 7, requires_grad=True)
+    logps = gk.sequence_logps(logits, torch.zeros(4, 0, dtype=torch.int64), shift_labels=True, backend=backend)
+    assert logps.tolist() == [0.0] * 4
+    assert torch.autograd.grad(logps.sum(), logits)[0].shape == (4, 0, 7)
+
+
+def test_an_overflow_of_the_group_losses_is_skipped() -> None:
+    weights = gk.GroupWeights(group_sizes=SIZES, step_size=0.3)
+    with pytest.warns(RuntimeWarning, match="not finite"):
+        weights.update(torch.tensor([1.0, 2.0, 1e308], dtype=torch.float64), torch.tensor([1, 1, 1]))
+    assert int(weights.skipped_updates) == 1
+    assert weights.alpha.tolist() == pytest.approx([1 / 3] * 3)
+
+
 def test_reentrant_checkpointing_is_refused() -> None:
     logits, labels, ref = inputs()
     loss_fn = make()

@@ -1,0 +1,157 @@
+"""Plain DPO from hidden states and the head's weight, as others and we compute it: one adapter each.
+
+An adapter is `(hidden (2B, T, D), weight (V, D), labels (2B, T)) -> loss`, reference-free, sum over counted tokens and
+mean over pairs, so that all compute the same. Each has the settings that its documentation recommends, or says why it
+cannot run.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from grpo_kernels import dispatch
+from grpo_kernels.functional import MAX_KEPT_BYTES
+from grpo_kernels.group_weights import GroupWeights
+from grpo_kernels.losses import LinearGroupRobustLoss
+
+BETA = 0.1
+Operation = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Peer:
+    """``why_not(device)`` is None where it can run; ``computes`` says what else than DPO it is able to give."""
+
+    name: str
+    computes: str
+    why_not: Callable[[str], str | None]
+    build: Callable[[], Operation]
+
+
+def dpo(logps: Tensor) -> Tensor:
+    chosen, rejected = logps.chunk(2)
+    return -F.logsigmoid(BETA * (chosen - rejected)).mean()
+
+
+def eager(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    """Unfused: whole logits, float32 log-softmax."""
+    counted = labels != -100
+    log_softmax = F.linear(hidden, weight).float().log_softmax(-1)
+    logps = log_softmax.gather(-1, labels.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+    return dpo((logps * counted).sum(-1))
+
+
+def _linear_cross_entropy() -> Operation:
+    options = torch.nn.LinearCrossEntropyOptions()  # chunked, chosen by PyTorch for device and dtype
+
+    def operation(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+        losses = F.linear_cross_entropy(
+            hidden.flatten(0, 1), weight, labels.flatten(), reduction="none", ignore_index=-100, options=options
+        )
+        return dpo(-losses.view(labels.shape).float().sum(-1))
+
+    return operation
+
+
+def _liger_dpo() -> Operation:
+    from liger_kernel.chunked_loss import LigerFusedLinearDPOLoss
+
+    loss_fn = LigerFusedLinearDPOLoss(beta=BETA, use_ref_model=False, compute_nll_loss=False)
+
+    def operation(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+        return loss_fn(weight, hidden, labels)[0]
+
+    return operation
+
+
+def _trl() -> Operation:
+    from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE, _ChunkedLogProbFunction
+
+    def operation(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+        # Only counted positions, as TRL does on GPUs; elsewhere it scores all of them.
+        counted = labels != -100
+        arguments = (1.0, _CHUNKED_LOGPROB_CHUNK_SIZE, None, 1.0, ())
+        logps = _ChunkedLogProbFunction.apply(hidden[counted], weight, None, labels[counted], *arguments)[0]
+        return dpo(torch.zeros_like(labels, dtype=logps.dtype).masked_scatter(counted, logps).sum(-1))
+
+    return operation
+
+
+def _cut_cross_entropy() -> Operation:
+    from cut_cross_entropy import linear_cross_entropy
+
+    def operation(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+        losses = linear_cross_entropy(hidden, weight, labels, reduction="none", impl="cce_kahan_full_c")
+        return dpo(-losses.float().sum(-1))
+
+    return operation
+
+
+def _ours(backend: str, max_kept_bytes: int) -> Operation:
+    loss_fn = LinearGroupRobustLoss(
+        GroupWeights(group_sizes=[1], step_size=0.0),
+        beta=BETA,
+        reference_free=True,
+        backend=backend,
+        max_kept_bytes=max_kept_bytes,
+    )
+
+    def operation(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+        loss_fn.group_weights.to(hidden.device)
+        group_ids = torch.zeros(labels.shape[0] // 2, dtype=torch.int64, device=labels.device)
+        return loss_fn(hidden, weight, labels, group_ids).loss
+
+    return operation
+
+
+def _always(device: str) -> None:
+    return None
+
+
+def _needs(package: str, gpu: bool = False) -> Callable[[str], str | None]:
+    def why_not(device: str) -> str | None:
+        if gpu and device != "cuda":
+            return "its kernels run on NVIDIA GPUs only"
+        return None if importlib.util.find_spec(package) else f"{package} is not installed"
+
+    return why_not
+
+
+def _needs_linear_cross_entropy(device: str) -> str | None:
+    return None if hasattr(F, "linear_cross_entropy") else f"PyTorch {torch.__version__} has none; 2.13 has"
+
+
+def _backend(name: str) -> Callable[[str], str | None]:
+    def why_not(device: str) -> str | None:
+        reasons = dispatch.backends().get(name, ["no such backend"])
+        if reasons:
+            return "; ".join(reasons)
+        entry = dispatch.entry_of(name)
+        request = dispatch.Request("hidden", (), torch.float32, torch.device(device))
+        if name == "triton" and device == "cpu":
+            return "on a CPU it only runs in Triton's interpreter"
+        return "; ".join(entry.cannot_run(request)) or None
+
+    return why_not
+
+
+PEERS = (
+    Peer("eager", "anything", _always, lambda: eager),
+    Peer("torch.compile", "anything", _always, lambda: torch.compile(eager)),
+    Peer("torch linear_cross_entropy", "token losses", _needs_linear_cross_entropy, _linear_cross_entropy),
+    Peer("Liger DPO", "reference, metrics", _needs("liger_kernel"), _liger_dpo),
+    Peer("TRL log-prob", "token log-probs, entropy", _needs("trl"), _trl),
+    Peer("Cut Cross-Entropy", "token losses", _needs("cut_cross_entropy", gpu=True), _cut_cross_entropy),
+    *(
+        Peer(f"{backend}{suffix}", "groups, alpha, metrics", _backend(backend), partial(_ours, backend, kept))
+        for backend in ("torch", "cpp", "triton", "cuda")
+        for suffix, kept in (("", MAX_KEPT_BYTES), (", nothing kept", 0))
+    ),
+)
