@@ -98,7 +98,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         resume = arguments.pop("resume")
         return train.command(train.TrainConfig(**arguments), resume)
-    except (ValueError, TypeError, FileNotFoundError, ImportError, NotImplementedError) as error:
+    except (ValueError, TypeError, OSError, ImportError, NotImplementedError) as error:
         print(f"grpo_kernels {name}: {error}", file=sys.stderr)
         return 2
 

@@ -11,7 +11,6 @@ import hashlib
 import json
 import math
 import os
-import resource
 import signal
 import sys
 import time
@@ -25,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grpo_kernels import embedded_task, report
+from grpo_kernels import dispatch, embedded_task, report, validation
 from grpo_kernels.data import (
     Groups,
     PreferencePair,
@@ -39,7 +38,7 @@ from grpo_kernels.functional import preference_losses, sequence_logps
 from grpo_kernels.group_weights import GroupWeights
 from grpo_kernels.integrations import transformers as hf
 from grpo_kernels.losses import GroupRobustLoss
-from grpo_kernels.sampling import GroupBatchSampler
+from grpo_kernels.sampling import STRATEGIES, GroupBatchSampler
 from grpo_kernels.segments import segment_sum
 
 WARMUP_SHARE = 0.1  # of a phase's steps, over which the learning rate rises linearly
@@ -74,6 +73,39 @@ class TrainConfig:
     backend: str = "auto"
     out: str | None = None
 
+    def __post_init__(self) -> None:
+        """Every rule on an option, before anything is written or trained.
+
+        Raises:
+            ValueError, TypeError, NotImplementedError: the message names the option.
+        """
+        whole = ("hidden_size", "num_layers", "max_length", "steps", "batch_size", "eval_every", "checkpoint_every")
+        for name, least in (*((name, 1) for name in whole), ("sft_steps", 0), ("vocab_size", 258)):
+            value = getattr(self, name)
+            validation.check_number(name, value, least)
+            if not isinstance(value, int):
+                raise TypeError(f"{name} must be a whole number, got {value}")
+        for name in ("beta", "learning_rate", "sft_learning_rate"):
+            validation.check_number(name, getattr(self, name), 0.0, open_low=True)
+        validation.check_number("eval_fraction", self.eval_fraction, 0.0, 1.0, open_low=True, open_high=True)
+        if self.step_size is not None:
+            validation.check_number("step_size", self.step_size, 0.0)
+        if self.hidden_size % (64 if self.hidden_size >= 64 else 2):
+            raise ValueError(f"hidden_size must be a multiple of 64, or even and below 64, got {self.hidden_size}")
+        validation.check_choice("loss", self.loss, ("sigmoid", "ipo"))
+        validation.check_choice("sampling", self.sampling, STRATEGIES)
+        dispatch.select(self.backend, dispatch.Request("logits", (), torch.float32, self.resolved_device))
+
+    @property
+    def resolved_device(self) -> torch.device:
+        if self.device == "auto":
+            return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        try:
+            torch.empty(0, device=self.device)
+        except (RuntimeError, AssertionError) as error:
+            raise ValueError(f"device must be one that works here, got {self.device!r}: {error}") from error
+        return torch.device(self.device)
+
 
 class Interrupted(Exception):
     """Ctrl-C or SIGTERM was seen between two steps, and the state is saved."""
@@ -97,6 +129,10 @@ def start(config: TrainConfig, resume: bool) -> dict[str, Any]:
         ValueError: the output folder holds a run already, or (with resume) does not, or its data file has changed.
         Interrupted: Ctrl-C or SIGTERM; run again with resume to go on.
     """
+    if resume and config.out is None:
+        raise ValueError("out must name the folder of the run to resume, got None")
+    if resume and config != TrainConfig(out=config.out):
+        raise ValueError("a run is resumed with its own options: give --resume and --out alone")
     out = Path(config.out or f"runs/{datetime.now():%Y%m%d-%H%M%S}")
     saved = out / "config.json"
     if resume:
@@ -123,8 +159,7 @@ class TrainingJob:
 
     def __init__(self, config: TrainConfig, out: Path) -> None:
         self.config, self.out = config, out
-        name = config.device
-        self.device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+        self.device = config.resolved_device
         self.console = report.console()
         train_pairs, eval_pairs = _load_data(config)
         self.groups = Groups(train_pairs)
@@ -262,7 +297,7 @@ class TrainingJob:
             evaluations.append({"step": step, **evaluate(), "alpha": alpha})
             self._log({"run": name, **evaluations[-1]})
 
-        if first == 0:
+        if first == 0 and not evaluations:
             observe(0)
         with report.progress(self.console, name, steps, first) as bar:
             self.model.train()
@@ -278,7 +313,7 @@ class TrainingJob:
                 loss, metrics = loss_of(batch, indices)
                 value = float(loss.detach())
                 if not math.isfinite(value):
-                    raise RuntimeError(f"the loss of {name} became {value} at step {step}; lower the learning rate")
+                    raise ValueError(f"learning_rate is too high: the loss of {name} became {value} at step {step}")
                 optimizer.zero_grad()
                 loss.backward()
                 torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
@@ -299,7 +334,10 @@ class TrainingJob:
         self, path: Path, optimizer: torch.optim.Optimizer, weights: GroupWeights
     ) -> tuple[int, list[dict[str, Any]], float]:
         """(steps done, evaluations, seconds spent) of the phase's checkpoint, its state put back; zeros if none."""
+        metrics = self.out / "metrics.jsonl"
         if not path.exists():
+            if metrics.exists():  # a run that was killed in this phase has left lines that come again
+                self._write_history(metrics)
             return 0, [], 0.0
         state = torch.load(path, weights_only=True, map_location=self.device)
         self.model.load_state_dict(state["model"])
@@ -308,9 +346,11 @@ class TrainingJob:
         torch.set_rng_state(state["rng"].cpu())
         self.history = state["history"]
         self.seconds.update(state["seconds"])
-        lines = "".join(json.dumps(record) + "\n" for record in self.history)
-        _write_atomically(self.out / "metrics.jsonl", lines.encode())
+        self._write_history(metrics)
         return state["step"], state["evaluations"], self.seconds[path.stem]
+
+    def _write_history(self, path: Path) -> None:
+        _write_atomically(path, "".join(json.dumps(record) + "\n" for record in self.history).encode())
 
     def _evaluation(self, reference: Tensor) -> dict[str, Any]:
         """Mean loss and accuracy of each group on the evaluation pairs, and the worst group's loss."""
@@ -395,11 +435,11 @@ class TrainingJob:
             "group_sizes": dict(zip(self.groups.names, self.groups.sizes, strict=True)),
             "runs": {name: series[-1] for name, series in evaluations.items()},
             "seconds": {name: round(seconds, 1) for name, seconds in self.seconds.items()},
-            "peak_rss_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
+            "peak_rss_gib": _peak_rss_gib(),
         }
         _write_atomically(self.out / "results.json", json.dumps(results, indent=2).encode())
-        report.save_picture(evaluations, self.config.loss, self.out / "training.png")
         report.print_results(self.console, results)
+        report.save_picture(evaluations, self.config.loss, self.out / "training.png")
         self.console.print(f"metrics.jsonl, results.json, training.png and model/ are in {self.out}", highlight=False)
         return results
 
@@ -413,6 +453,15 @@ def _load_data(config: TrainConfig) -> tuple[list[PreferencePair], list[Preferen
     if config.eval_data is not None:
         return pairs, load_pairs(config.eval_data)
     return split_by_group(pairs, config.eval_fraction, config.seed)
+
+
+def _peak_rss_gib() -> float | None:
+    """None where the operating system has no `resource` module (Windows)."""
+    try:
+        import resource
+    except ImportError:
+        return None
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2)
 
 
 def _sha256(path: str) -> str:

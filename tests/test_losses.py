@@ -384,10 +384,12 @@ def test_two_losses_share_alpha() -> None:
     logits, labels, ref = inputs()
     weights = gk.GroupWeights(group_sizes=SIZES, step_size=0.3)
     first, second = gk.GroupRobustLoss(weights), gk.GroupRobustLoss(weights, loss_type="hinge")
-    moved = first(logits, labels, ids(), ref_logps=ref).alpha
-    second.eval()
-    weights.train()
-    assert torch.equal(second.group_weights.alpha, moved)
+    alone = gk.GroupWeights(group_sizes=SIZES, step_size=0.3)
+    for loss_fn, loss_type in ((first, "sigmoid"), (second, "hinge"), (first, "sigmoid")):
+        out = loss_fn(logits, labels, ids(), ref_logps=ref)
+        expected = gk.GroupRobustLoss(alone, loss_type=loss_type)(logits, labels, ids(), ref_logps=ref)
+        assert torch.equal(out.alpha, expected.alpha)
+        assert torch.equal(out.loss, expected.loss)
 
 
 @pytest.mark.parametrize(

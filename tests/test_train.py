@@ -152,7 +152,7 @@ def test_refusals(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(ValueError, match="out must not hold a run already"):
         train.start(tiny(run), resume=False)
     with pytest.raises(ValueError, match="out must hold a run to resume"):
-        train.start(tiny(tmp_path / "none"), resume=True)
+        train.start(TrainConfig(out=str(tmp_path / "none")), resume=True)
     other = tmp_path / "other.jsonl"
     other.write_text(json.dumps({**lines[0], "group": "zebra"}) + "\n")
     with pytest.raises(ValueError, match=r"the training data lacks: 'zebra' \(1 pairs\)"):
@@ -214,3 +214,35 @@ def test_the_worst_group_is_better_off(tmp_path: Path, seed: int, monkeypatch: p
     runs = results["runs"]
     assert runs["robust"]["worst_loss"] < 0.8 * runs["plain"]["worst_loss"]
     assert runs["robust"]["alpha"]["editors"] > 0.3
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("beta", -1.0, "beta must be finite"),
+        ("batch_size", 0, "batch_size must be finite"),
+        ("steps", -3, "steps must be finite"),
+        ("steps", 2.5, "steps must be a whole number"),
+        ("eval_every", 0, "eval_every must be finite"),
+        ("learning_rate", float("nan"), "learning_rate must be finite"),
+        ("eval_fraction", 2.0, "eval_fraction must be finite"),
+        ("vocab_size", 10, "vocab_size must be finite"),
+        ("hidden_size", 100, "hidden_size must be a multiple of 64"),
+        ("backend", "foo", "backend must be one of"),
+        ("device", "tpu9", "device must be one that works here, got 'tpu9'"),
+        ("sampling", "none", "sampling must be one of"),
+    ],
+)
+def test_a_bad_option_is_refused_before_anything_is_written(
+    option: str, value: object, message: str, tmp_path: Path
+) -> None:
+    with pytest.raises((ValueError, TypeError), match=message):
+        train.start(tiny(tmp_path / "run", **{option: value}), resume=False)
+    assert not (tmp_path / "run").exists()
+
+
+def test_resume_takes_no_other_options(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="give --resume and --out alone"):
+        train.start(TrainConfig(out=str(tmp_path), steps=5), resume=True)
+    with pytest.raises(ValueError, match="out must name the folder"):
+        train.start(TrainConfig(), resume=True)
