@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from grpo_kernels import bench
+from grpo_kernels import bench, bench_linear, bench_peers, bench_plots
 from grpo_kernels.kernels import torch_chunked
 
 SMALL = bench.Case(4, 40, 500, "float32", ignored=0.25)
@@ -49,3 +49,56 @@ def test_peak_memory() -> None:
     if "cpp" in peaks:
         assert peaks["cpp in place"] < 8
         assert 100 < peaks["cpp"] < 125 + 8
+
+
+LINEAR = bench_linear.LinearCase(4, 24, 16, 300, ignored=0.25)
+QUICK_PEERS = ("eager", "torch linear_cross_entropy", "torch", "cpp", "Cut Cross-Entropy", "triton")
+
+
+@pytest.fixture
+def few_peers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without torch.compile, which takes a minute to compile."""
+    some = tuple(peer for peer in bench_peers.PEERS if peer.name in QUICK_PEERS)
+    monkeypatch.setattr(bench_linear, "PEERS", some)
+
+
+@pytest.mark.usefixtures("few_peers")
+def test_linear_records_and_picture(tmp_path: Path) -> None:
+    bench.run([LINEAR], 3, tmp_path)
+    path = tmp_path / "cpu" / f"{LINEAR.name}.json"
+    by_name = {record["contender"]: record for record in json.loads(path.read_text())["records"]}
+    assert set(by_name) == set(QUICK_PEERS)
+    assert by_name["Cut Cross-Entropy"]["not_measured_because"] == "its kernels run on NVIDIA GPUs only"
+    assert "not_measured_because" in by_name["triton"]
+    for name in ("eager", "torch"):
+        record = by_name[name]
+        low, high = record["iqr_ms"]
+        assert 0 < low <= record["median_ms"] <= high
+        assert record["floor_flops"] == 6 * 4 * 18 * 16 * 300
+        assert record["gradient_error"] < 1e-5
+        assert record["peak_extra_mib"] >= 0
+    (picture,) = bench_plots.draw(tmp_path / "cpu", tmp_path)
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.usefixtures("few_peers")
+def test_a_wrong_linear_gradient_of_ours_stops_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = torch_chunked.token_logps_backward
+
+    def off(dtoken_logps, *rest) -> None:
+        original(dtoken_logps * 1.001, *rest)
+
+    monkeypatch.setattr(torch_chunked, "token_logps_backward", off)
+    with pytest.raises(ValueError, match="gradient error"):
+        bench.run([LINEAR], 3, tmp_path)
+    assert not list(tmp_path.rglob("*.json"))
+
+
+@pytest.mark.usefixtures("few_peers")
+def test_a_wrong_peer_has_no_times(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wrong = bench_peers.Peer("wrong", "nothing", lambda device: None, lambda: lambda *x: 2 * bench_peers.eager(*x))
+    monkeypatch.setattr(bench_linear, "PEERS", (*bench_linear.PEERS[:1], wrong))
+    records = bench.run([LINEAR], 3, tmp_path)
+    assert "median_ms" in records[0]
+    assert "gradient error" in records[1]["not_measured_because"]
+    assert "median_ms" not in records[1]
