@@ -12,6 +12,9 @@ if not torch.cuda.is_available():
 
 import grpo_kernels as gk
 
+# Run by test_zero3.py under torchrun; importing it needs DeepSpeed, and collecting doctests would import it.
+collect_ignore = ["distributed/zero3.py"]
+
 
 def _backends_and_devices() -> list[tuple[str, str]]:
     """Every backend that can run here, on the device that it is for; plain PyTorch's on both."""
