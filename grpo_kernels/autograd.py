@@ -40,7 +40,7 @@ class TokenLogps(torch.autograd.Function):
 
 
 class LinearTokenLogps(torch.autograd.Function):
-    """token_logps (...) of hidden (..., D), weight (V, D) and bias (V,), by a plan of kernels/linear.py."""
+    """token_logps (...) of hidden (..., D) and a head (weight, bias, logit_scale, softcap), by kernels/linear.py."""
 
     @staticmethod
     def forward(
@@ -48,30 +48,101 @@ class LinearTokenLogps(torch.autograd.Function):
         hidden: Tensor,
         weight: Tensor,
         bias: Tensor | None,
+        logit_scale: float,
+        softcap: float,
         labels: Tensor,
         ignore_index: int,
+        chunk_rows: int,
+        accumulate_dtype: torch.dtype,
         plan: str,
         kept_rows: int,
         backend: str,
     ) -> Tensor:
+        head = (weight, bias, logit_scale, softcap)
         token_logps, lse, kept = torch.ops.grpo_kernels.linear_token_logps(
-            hidden, weight, bias, labels, ignore_index, plan, kept_rows, backend
+            hidden, *head, labels, ignore_index, chunk_rows, plan, kept_rows, backend
         )
         ctx.save_for_backward(hidden, weight, bias, labels, lse, kept)
-        ctx.options = (ignore_index, plan, backend)
+        ctx.options = (logit_scale, softcap), (ignore_index, chunk_rows, accumulate_dtype, plan), backend
         return token_logps
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dtoken_logps: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, labels, lse, kept = ctx.saved_tensors
-        ignore_index, plan, backend = ctx.options
+        of_logits, options, backend = ctx.options
         needs_grad = ctx.needs_input_grad[:3]
         grads = torch.ops.grpo_kernels.linear_token_logps_backward(
-            dtoken_logps, hidden, weight, bias, labels, lse, ignore_index, needs_grad, plan, kept, backend
+            dtoken_logps, hidden, weight, bias, *of_logits, labels, lse, needs_grad, *options, kept, backend
         )
         found = (grad if need else None for grad, need in zip(grads, needs_grad, strict=True))
-        return (*found, None, None, None, None, None)
+        return (*found, *[None] * 9)
+
+
+class LinearPairLogps(torch.autograd.Function):
+    """Sequence log-probabilities (2B,) from hidden states, by the sweep of kernels/linear_pairs.py."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        logit_scale: float,
+        softcap: float,
+        labels: Tensor,
+        cu_seqlens: Tensor | None,
+        group_ids: Tensor,
+        ref_logps: Tensor | None,
+        margin: Tensor | None,
+        weights: Tensor | None,
+        beta: Beta,
+        loss_type: str,
+        label_smoothing: float,
+        offsets: Tensor,
+        rates: Tensor,
+        ignore_index: int,
+        average: bool,
+        chunk_rows: int,
+        accumulate_dtype: torch.dtype,
+        needs_grad: tuple[bool, bool, bool],
+        backend: str,
+    ) -> Tensor:
+        options = (ignore_index, average, chunk_rows, accumulate_dtype, needs_grad, backend)
+        betas = beta if isinstance(beta, Tensor) else None
+        logps, *swept = torch.ops.grpo_kernels.linear_pair_logps(
+            hidden,
+            weight,
+            bias,
+            logit_scale,
+            softcap,
+            labels,
+            cu_seqlens,
+            group_ids,
+            ref_logps,
+            margin,
+            weights,
+            betas,
+            0.0 if isinstance(beta, Tensor) else float(beta),
+            loss_type,
+            label_smoothing,
+            offsets,
+            rates,
+            *options,
+        )
+        ctx.save_for_backward(hidden, weight, bias, labels, cu_seqlens, *swept)
+        ctx.of_logits, ctx.options, ctx.needs_grad = (logit_scale, softcap), options, needs_grad
+        return logps
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dlogps: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight, bias, labels, cu_seqlens, *swept = ctx.saved_tensors
+        grads = torch.ops.grpo_kernels.linear_pair_logps_backward(
+            dlogps, hidden, weight, bias, *ctx.of_logits, labels, cu_seqlens, *swept, *ctx.options
+        )
+        found = (grad if need else None for grad, need in zip(grads, ctx.needs_grad, strict=True))
+        return (*found, *[None] * 19)
 
 
 class FusedGroupRobustLoss(torch.autograd.Function):

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from grpo_kernels import dispatch
-from grpo_kernels.functional import MAX_KEPT_BYTES
+from grpo_kernels.functional import MAX_EXTRA_BYTES
 from grpo_kernels.group_weights import GroupWeights
 from grpo_kernels.losses import LinearGroupRobustLoss
 
@@ -94,13 +94,13 @@ def _cut_cross_entropy() -> Operation:
     return operation
 
 
-def _ours(backend: str, max_kept_bytes: int) -> Operation:
+def _ours(backend: str, max_extra_bytes: int) -> Operation:
     loss_fn = LinearGroupRobustLoss(
         GroupWeights(group_sizes=[1], step_size=0.0),
         beta=BETA,
         reference_free=True,
         backend=backend,
-        max_kept_bytes=max_kept_bytes,
+        max_extra_bytes=max_extra_bytes,
     )
 
     def operation(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
@@ -152,6 +152,6 @@ PEERS = (
     *(
         Peer(f"{backend}{suffix}", "groups, alpha, metrics", _backend(backend), partial(_ours, backend, kept))
         for backend in ("torch", "cpp", "triton", "cuda")
-        for suffix, kept in (("", MAX_KEPT_BYTES), (", nothing kept", 0))
+        for suffix, kept in (("", MAX_EXTRA_BYTES), (", nothing kept", 0))
     ),
 )

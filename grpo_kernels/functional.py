@@ -5,14 +5,15 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from grpo_kernels import dispatch, reference, validation
-from grpo_kernels.autograd import LinearTokenLogps, PairLossFunction, TokenLogps
+from grpo_kernels.autograd import LinearPairLogps, LinearTokenLogps, PairLossFunction, TokenLogps
 from grpo_kernels.distributed import dtensor, vocab_parallel
 from grpo_kernels.distributed.context_parallel import SumOverRanks
-from grpo_kernels.kernels import linear
+from grpo_kernels.kernels import linear_plan as plans
+from grpo_kernels.kernels.linear import LinearHead
+from grpo_kernels.kernels.linear_pairs import PairTerms
 from grpo_kernels.pair_losses import PAIR_LOSSES
 from grpo_kernels.segments import packed_sequence_ids, segment_sum
 from grpo_kernels.types import IGNORE_INDEX, VocabShard
@@ -20,7 +21,7 @@ from grpo_kernels.types import IGNORE_INDEX, VocabShard
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-MAX_KEPT_BYTES = 512 << 20
+MAX_EXTRA_BYTES = 512 << 20
 
 
 def sequence_logps(
@@ -123,22 +124,30 @@ def linear_sequence_logps(
     shift_labels: bool = False,
     ignore_index: int = IGNORE_INDEX,
     average: bool = False,
-    max_kept_bytes: int = MAX_KEPT_BYTES,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    max_extra_bytes: int = MAX_EXTRA_BYTES,
+    plan: str = "auto",
+    accumulate_dtype: torch.dtype = torch.float32,
     vocab_shard: VocabShard | None = None,
     context_group: ProcessGroup | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """`sequence_logps` of ``hidden @ weight.T + bias`` without ever holding those logits.
+    """`sequence_logps` of the logits ``z = logit_scale * (hidden @ weight.T + bias)``, or
+    ``softcap * tanh(z / softcap)``, without ever holding them.
 
     Args:
         hidden: (S, T, D), or packed (N, D) with ``cu_seqlens``: the last hidden states.
-        weight: (V, D), the language-model head. It must have hidden's dtype, except under autocast, where all are
-            cast as ``torch.nn.functional.linear`` would.
+        weight: (V, D), the language-model head. The products are done in hidden's dtype, under autocast in
+            autocast's; the gradient is summed in ``accumulate_dtype`` and comes in the weight's own.
         labels, cu_seqlens, shift_labels, ignore_index, average, context_group, backend: as in `sequence_logps`.
         bias: (V,) or None.
-        max_kept_bytes: memory that may be kept from forward to backward to save a matrix product: a token whose
-            gradient with respect to its logits fits takes three products instead of four. 0 keeps nothing. See
-            `linear_plan`.
+        logit_scale: finite number other than 0 (Cohere, Granite; one over a temperature).
+        softcap: positive number or None (Gemma 2's ``final_logit_softcapping``).
+        max_extra_bytes: memory for logits of a chunk, and for what is kept from forward to backward to save a matrix
+            product; gradients come on top. See `linear_plan`.
+        plan: "auto", or "keep" or "recompute" to force it.
+        accumulate_dtype: of the sums over chunks that make the weight's gradient; torch.float32 or torch.bfloat16.
         vocab_shard: weight and bias are this rank's rows; hidden is the same on every rank of the shard's group (or
             this rank's part of the positions, ``VocabShard(sequence_parallel=True)``), and its gradient is summed
             over them. A weight that is a DTensor sharded on V says so itself where hidden is a DTensor, too.
@@ -154,10 +163,53 @@ def linear_sequence_logps(
         >>> linear_sequence_logps(torch.zeros(1, 3, 2), torch.ones(4, 2), torch.tensor([[1, 2, -100]]))
         tensor([-2.7726])
     """
+    return linear_logps(
+        hidden,
+        weight,
+        labels,
+        bias=bias,
+        cu_seqlens=cu_seqlens,
+        shift_labels=shift_labels,
+        ignore_index=ignore_index,
+        average=average,
+        logit_scale=logit_scale,
+        softcap=softcap,
+        max_extra_bytes=max_extra_bytes,
+        plan=plan,
+        accumulate_dtype=accumulate_dtype,
+        vocab_shard=vocab_shard,
+        context_group=context_group,
+        backend=backend,
+    )
+
+
+def linear_logps(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    bias: Tensor | None,
+    cu_seqlens: Tensor | None,
+    shift_labels: bool,
+    ignore_index: int,
+    average: bool,
+    logit_scale: float,
+    softcap: float | None,
+    max_extra_bytes: int,
+    plan: str,
+    accumulate_dtype: torch.dtype,
+    vocab_shard: VocabShard | None,
+    context_group: ProcessGroup | None,
+    backend: str,
+    pair_terms: PairTerms | None = None,
+    accumulators: int = 0,
+) -> Tensor:
+    """`linear_sequence_logps` that may sweep where the pairs' loss and a forecast of its weights are known."""
     validation.check_float_tensor("weight", weight)
     validation.check_float_tensor("hidden", hidden)
+    validation.check_linear_options(logit_scale, softcap, max_extra_bytes, plan, accumulate_dtype)
     hidden, weight, bias, vocab_shard = dtensor.local_head(hidden, weight, bias, vocab_shard)
-    hidden, weight, bias = _autocast(hidden, weight, bias)
+    hidden = _autocast(hidden)
     validation.check_head(hidden, weight, bias)
     num_columns = weight.shape[0]
     rows = hidden if vocab_shard is None else vocab_parallel.like_whole_hidden(hidden, vocab_shard)
@@ -168,36 +220,76 @@ def linear_sequence_logps(
     )
     labels = _aligned(labels, cu_seqlens, shift_labels, ignore_index, context_group)
     entry = dispatch.select(backend, dispatch.Request("hidden", tuple(hidden.shape), hidden.dtype, hidden.device))
+    head = LinearHead(weight, bias, float(logit_scale), float(softcap or 0))
+    if entry.module is None:
+        logits = reference.head_logits(hidden, weight, bias, head.logit_scale, head.softcap)
+        if vocab_shard is None and context_group is None:
+            return reference.sequence_logps(logits, labels, cu_seqlens, ignore_index, average)
+        per_token = _token_logps(logits, labels, ignore_index, False, vocab_shard, entry)
+        return _sum_over_sequences(per_token, labels, cu_seqlens, ignore_index, average, context_group)
+    whole = vocab_shard is None and context_group is None and pair_terms is not None
+    longest_pair = 2 * labels.shape[1] if cu_seqlens is None else 0  # packed: as long as a chunk allows
+    shape = plans.shape_of(
+        rows, weight, bias, labels.numel(), longest_pair, accumulators if whole else 0, accumulate_dtype
+    )
+    chosen = plans.plan_of(shape, max_extra_bytes, "recompute" if vocab_shard is not None else plan)
     if vocab_shard is not None:
         per_token = vocab_parallel.VocabParallelLinearTokenLogps.apply(
-            hidden, weight, bias, labels, ignore_index, vocab_shard, dispatch.kernels_of(entry.name)
+            hidden,
+            *head,
+            labels,
+            ignore_index,
+            chosen.chunk_rows,
+            accumulate_dtype,
+            vocab_shard,
+            dispatch.kernels_of(entry.name),
         )
-    elif entry.module is None and context_group is None:
-        return reference.linear_sequence_logps(hidden, weight, bias, labels, cu_seqlens, ignore_index, average)
-    elif entry.module is None:
-        per_token = reference.token_logps(F.linear(hidden, weight, bias), labels, ignore_index)
+    elif chosen.name == "sweep":
+        assert pair_terms is not None
+        return LinearPairLogps.apply(
+            hidden,
+            *head,
+            labels,
+            cu_seqlens,
+            *pair_terms,
+            ignore_index,
+            average,
+            chosen.chunk_rows,
+            accumulate_dtype,
+            shape.needs_grad,
+            entry.name,
+        )
     else:
-        plan, kept_rows = linear_plan(hidden, weight, bias, labels.numel(), max_kept_bytes)
-        per_token = LinearTokenLogps.apply(hidden, weight, bias, labels, ignore_index, plan, kept_rows, entry.name)
+        per_token = LinearTokenLogps.apply(
+            hidden,
+            *head,
+            labels,
+            ignore_index,
+            chosen.chunk_rows,
+            accumulate_dtype,
+            chosen.name,
+            chosen.kept_rows,
+            entry.name,
+        )
     return _sum_over_sequences(per_token, labels, cu_seqlens, ignore_index, average, context_group)
 
 
 def linear_plan(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, num_rows: int, max_kept_bytes: int = MAX_KEPT_BYTES
-) -> tuple[str, int]:
-    """The plan of `grpo_kernels.kernels.linear` for these inputs, and the number of tokens that it may keep.
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    num_rows: int,
+    max_extra_bytes: int = MAX_EXTRA_BYTES,
+    plan: str = "auto",
+) -> plans.LinearPlan:
+    """What `linear_sequence_logps` will do with these inputs, by `grpo_kernels.kernels.linear_plan`.
 
     Example:
         >>> frozen_head = torch.zeros(50, 4)
-        >>> linear_plan(torch.zeros(2, 3, 4, requires_grad=True), frozen_head, None, 6)  # two products, not four
-        ('frozen', 0)
+        >>> linear_plan(torch.zeros(2, 3, 4, requires_grad=True), frozen_head, None, 6).name  # two products, not four
+        'frozen'
     """
-    validation.check_number("max_kept_bytes", max_kept_bytes, 0)
-    tensors = (hidden, weight, bias)
-    needs_grad = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in tensors]
-    kept_rows = linear.kept_rows_of(num_rows, weight, max_kept_bytes)
-    plan = linear.plan_of(needs_grad, kept_rows)
-    return plan, kept_rows if plan == "keep" else 0
+    return plans.plan_of(plans.shape_of(hidden, weight, bias, num_rows), max_extra_bytes, plan)
 
 
 def preference_losses(
@@ -349,9 +441,9 @@ def _sum_over_sequences(
     return sums.to(token_logps.dtype)
 
 
-def _autocast(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+def _autocast(hidden: Tensor) -> Tensor:
+    """As torch.nn.functional.linear would cast it; the weight is cast where the products are made."""
     device_type = hidden.device.type
     if not torch.is_autocast_enabled(device_type) or hidden.dtype == torch.float64:
-        return hidden, weight, bias
-    dtype = torch.get_autocast_dtype(device_type)
-    return hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+        return hidden
+    return hidden.to(torch.get_autocast_dtype(device_type))

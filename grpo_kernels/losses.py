@@ -10,16 +10,19 @@ from torch import Tensor, nn
 from grpo_kernels import validation
 from grpo_kernels.autograd import FusedGroupRobustLoss
 from grpo_kernels.distributed import dtensor, group_sync
+from grpo_kernels.forecast import forecast_of
 from grpo_kernels.functional import (
-    MAX_KEPT_BYTES,
+    MAX_EXTRA_BYTES,
     aligned_labels_and_backend,
     at_least_float32,
+    linear_logps,
     linear_sequence_logps,
     preference_losses,
     sequence_logps,
 )
 from grpo_kernels.group_weights import GroupWeights
 from grpo_kernels.kernels import group_robust as tables
+from grpo_kernels.kernels.linear_pairs import PairTerms
 from grpo_kernels.pair_losses import PAIR_LOSSES
 from grpo_kernels.segments import segment_sum
 from grpo_kernels.types import IGNORE_INDEX, GroupRobustOutput, VocabShard
@@ -336,12 +339,30 @@ class LinearGroupRobustLoss(_GroupRobustLossBase):
     Arguments and defaults are those of `GroupRobustLoss`, without ``inplace_backward``, and
 
     Args:
-        max_kept_bytes: memory to trade for a matrix product; see `linear_sequence_logps`.
+        logit_scale, softcap, max_extra_bytes, accumulate_dtype: see `linear_sequence_logps`.
+        plan: "auto", or "sweep", "keep" or "recompute" to force what is kept for the backward; see
+            `grpo_kernels.kernels.linear_plan`. Where other losses use the output's log-probabilities, too, "sweep"
+            computes logits twice: prefer "keep" or "recompute".
     """
 
-    def __init__(self, group_weights: GroupWeights, *, max_kept_bytes: int = MAX_KEPT_BYTES, **options: Any) -> None:
+    def __init__(
+        self,
+        group_weights: GroupWeights,
+        *,
+        logit_scale: float = 1.0,
+        softcap: float | None = None,
+        max_extra_bytes: int = MAX_EXTRA_BYTES,
+        plan: str = "auto",
+        accumulate_dtype: torch.dtype = torch.float32,
+        **options: Any,
+    ) -> None:
         super().__init__(group_weights, **options)
-        self.max_kept_bytes = max_kept_bytes
+        validation.check_linear_options(logit_scale, softcap, max_extra_bytes, plan, accumulate_dtype)
+        self.logit_scale = logit_scale
+        self.softcap = softcap
+        self.max_extra_bytes = max_extra_bytes
+        self.plan = plan
+        self.accumulate_dtype = accumulate_dtype
 
     def forward(
         self,
@@ -353,26 +374,56 @@ class LinearGroupRobustLoss(_GroupRobustLossBase):
         bias: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         *,
+        ref_hidden: Tensor | None = None,
+        ref_weight: Tensor | None = None,
+        ref_bias: Tensor | None = None,
         beta: float | Tensor | None = None,
         margin: Tensor | None = None,
         weights: Tensor | None = None,
         total_pairs: int | Tensor | None = None,
     ) -> GroupRobustOutput:
-        """As `GroupRobustLoss.forward`, with hidden (2B, T, D) or packed (N, D), weight (V, D) and bias (V,)."""
-        validation.check_pair_batch(_num_sequences(hidden, cu_seqlens))
-        logps = linear_sequence_logps(
+        """As `GroupRobustLoss.forward`, with hidden (2B, T, D) or packed (N, D), weight (V, D) and bias (V,).
+
+        ``ref_hidden`` (2B, T, D') or (N, D') with ``ref_weight`` (V, D') in place of ``ref_logps``: the reference
+        policy's log-probabilities are computed here, without gradients: one more product.
+        """
+        num_sequences = _num_sequences(hidden, cu_seqlens)
+        validation.check_pair_batch(num_sequences)
+        options: dict[str, Any] = {
+            "cu_seqlens": cu_seqlens,
+            "shift_labels": self.shift_labels,
+            "ignore_index": self.ignore_index,
+            "average": self.average_log_prob,
+            "logit_scale": self.logit_scale,
+            "softcap": self.softcap,
+            "max_extra_bytes": self.max_extra_bytes,
+            "vocab_shard": self.vocab_shard,
+            "context_group": self.context_group,
+            "backend": self.backend,
+        }
+        if ref_hidden is not None or ref_weight is not None or ref_bias is not None:
+            validation.check_online_reference(ref_hidden, ref_weight, ref_logps, self.reference_free)
+            assert ref_hidden is not None
+            assert ref_weight is not None
+            with torch.no_grad():
+                ref_logps = linear_sequence_logps(ref_hidden, ref_weight, labels, bias=ref_bias, **options)
+        beta = self.beta if beta is None else beta
+        self._check_pairs(num_sequences // 2, hidden.device, group_ids, ref_logps, beta, margin, weights)
+        terms, accumulators = None, 0
+        forecast = forecast_of(self.group_weights, group_ids)
+        if forecast is not None:
+            of_loss = (group_ids, ref_logps, margin, weights, beta, self.loss_type, self.label_smoothing)
+            terms, accumulators = PairTerms(*of_loss, forecast.offsets, forecast.rates), forecast.accumulators
+        logps = linear_logps(
             hidden,
             weight,
             labels,
             bias=bias,
-            cu_seqlens=cu_seqlens,
-            shift_labels=self.shift_labels,
-            ignore_index=self.ignore_index,
-            average=self.average_log_prob,
-            max_kept_bytes=self.max_kept_bytes,
-            vocab_shard=self.vocab_shard,
-            context_group=self.context_group,
-            backend=self.backend,
+            plan=self.plan,
+            accumulate_dtype=self.accumulate_dtype,
+            pair_terms=terms,
+            accumulators=accumulators,
+            **options,
         )
         return self.from_logps(
             logps, group_ids, ref_logps, beta=beta, margin=margin, weights=weights, total_pairs=total_pairs

@@ -13,9 +13,11 @@ from torch import Tensor
 
 from grpo_kernels import dispatch
 from grpo_kernels.distributed import group_sync
-from grpo_kernels.kernels import group_robust, linear
+from grpo_kernels.kernels import group_robust, linear, linear_pairs
 
 _LIBRARY = torch.library.Library("grpo_kernels", "DEF")
+_HEAD = "Tensor hidden, Tensor weight, Tensor? bias, float logit_scale, float softcap"
+_SWEEP = "int ignore_index, bool average, int chunk_rows, ScalarType accumulate_dtype, bool[3] needs_grad, str backend"
 _UPSTREAM = "Tensor? dloss, Tensor? dsequences, Tensor? dpairs, Tensor? dgroups"
 _SAVED = (
     "Tensor labels, Tensor lse, Tensor row_sequence, Tensor sequences, Tensor pairs, Tensor group_ids, "
@@ -27,11 +29,18 @@ _SCHEMAS = (
     "str backend) -> Tensor",
     "token_logps_backward_(Tensor dtoken_logps, Tensor(a!) logits, Tensor labels, Tensor lse, int ignore_index, "
     "str backend) -> ()",
-    "linear_token_logps(Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, int ignore_index, str plan, "
-    "int kept_rows, str backend) -> (Tensor, Tensor, Tensor)",
-    "linear_token_logps_backward(Tensor dtoken_logps, Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, "
-    "Tensor lse, int ignore_index, bool[3] needs_grad, str plan, Tensor kept, str backend) "
+    f"linear_token_logps({_HEAD}, Tensor labels, int ignore_index, int chunk_rows, str plan, int kept_rows, "
+    "str backend) -> (Tensor, Tensor, Tensor)",
+    f"linear_token_logps_backward(Tensor dtoken_logps, {_HEAD}, Tensor labels, Tensor lse, bool[3] needs_grad, "
+    "int ignore_index, int chunk_rows, ScalarType accumulate_dtype, str plan, Tensor kept, str backend) "
     "-> (Tensor, Tensor, Tensor)",
+    # The tensors of kernels/linear_pairs.Swept.
+    f"linear_pair_logps({_HEAD}, Tensor labels, Tensor? cu_seqlens, Tensor group_ids, Tensor? ref_logps, "
+    "Tensor? margin, Tensor? weights, Tensor? betas, float beta, str loss_type, float label_smoothing, "
+    f"Tensor offsets, Tensor rates, {_SWEEP}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f"linear_pair_logps_backward(Tensor dlogps, {_HEAD}, Tensor labels, Tensor? cu_seqlens, Tensor lse, "
+    "Tensor states, Tensor sum_dweight, Tensor sum_dbias, Tensor forecast, Tensor is_swept, "
+    f"{_SWEEP}) -> (Tensor, Tensor, Tensor)",
     # The tensors of kernels/group_robust.GroupRobustTables; moves the GroupWeights' buffers as `update` says.
     "group_robust_loss(Tensor logits, Tensor labels, Tensor? cu_seqlens, Tensor? ref_logps, Tensor group_ids, "
     "Tensor? betas, Tensor? margin, Tensor? weights, Tensor(a!) log_alpha, Tensor? group_sizes, "
@@ -83,22 +92,30 @@ def _linear_token_logps(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
+    logit_scale: float,
+    softcap: float,
     labels: Tensor,
     ignore_index: int,
+    chunk_rows: int,
     plan: str,
     kept_rows: int,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    kernels = dispatch.kernels_of(backend)
-    return linear.linear_token_logps_forward(kernels, hidden, weight, bias, labels, ignore_index, plan, kept_rows)
+    head = linear.LinearHead(weight, bias, logit_scale, softcap)
+    return linear.linear_token_logps_forward(
+        dispatch.kernels_of(backend), hidden, head, labels, ignore_index, chunk_rows, plan, kept_rows
+    )
 
 
 def _linear_token_logps_fake(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
+    logit_scale: float,
+    softcap: float,
     labels: Tensor,
     ignore_index: int,
+    chunk_rows: int,
     plan: str,
     kept_rows: int,
     backend: str,
@@ -112,37 +129,121 @@ def _linear_token_logps_backward(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
+    logit_scale: float,
+    softcap: float,
     labels: Tensor,
     lse: Tensor,
-    ignore_index: int,
     needs_grad: Sequence[bool],
-    plan: str,
-    kept: Tensor,
-    backend: str,
+    ignore_index: int,
+    *options: Any,
 ) -> tuple[Tensor, ...]:
-    arguments = (dtoken_logps, hidden, weight, bias, labels, lse, ignore_index, needs_grad, plan, kept)
+    *options_of_plan, backend = options
+    head = linear.LinearHead(weight, bias, logit_scale, softcap)
+    arguments = (dtoken_logps, hidden, head, labels, lse, ignore_index, needs_grad, *options_of_plan)
     grads = linear.linear_token_logps_backward(dispatch.kernels_of(backend), *arguments)
-    # An operator's schema has no optional results: an empty tensor stands for a gradient that nobody asked for.
-    return tuple(hidden.new_empty(0) if grad is None else grad for grad in grads)
+    return _no_nones(hidden, grads)
 
 
-def _linear_token_logps_backward_fake(
-    dtoken_logps: Tensor,
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    labels: Tensor,
-    lse: Tensor,
-    ignore_index: int,
-    needs_grad: Sequence[bool],
-    plan: str,
-    kept: Tensor,
-    backend: str,
+def _linear_backward_fake(
+    upstream: Tensor, hidden: Tensor, weight: Tensor, *_: Any, needs_grad: Sequence[bool]
 ) -> tuple[Tensor, ...]:
     shapes = (hidden, weight, weight[:, 0])
     return tuple(
         torch.empty_like(x) if need else hidden.new_empty(0) for x, need in zip(shapes, needs_grad, strict=True)
     )
+
+
+def _linear_token_logps_backward_fake(*arguments: Any) -> tuple[Tensor, ...]:
+    return _linear_backward_fake(*arguments[:3], needs_grad=arguments[8])
+
+
+def _linear_pair_logps(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    logit_scale: float,
+    softcap: float,
+    labels: Tensor,
+    cu_seqlens: Tensor | None,
+    group_ids: Tensor,
+    ref_logps: Tensor | None,
+    margin: Tensor | None,
+    weights: Tensor | None,
+    betas: Tensor | None,
+    beta: float,
+    loss_type: str,
+    label_smoothing: float,
+    offsets: Tensor,
+    rates: Tensor,
+    ignore_index: int,
+    average: bool,
+    chunk_rows: int,
+    accumulate_dtype: torch.dtype,
+    needs_grad: Sequence[bool],
+    backend: str,
+) -> tuple[Tensor, ...]:
+    terms = linear_pairs.PairTerms(
+        group_ids,
+        ref_logps,
+        margin,
+        weights,
+        beta if betas is None else betas,
+        loss_type,
+        label_smoothing,
+        offsets,
+        rates,
+    )
+    head = linear.LinearHead(weight, bias, logit_scale, softcap)
+    options = (ignore_index, average, chunk_rows, needs_grad, accumulate_dtype)
+    return tuple(
+        linear_pairs.sweep_forward(dispatch.kernels_of(backend), hidden, head, labels, cu_seqlens, terms, *options)
+    )
+
+
+def _linear_pair_logps_fake(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, logit_scale: float, softcap: float, labels: Tensor, *rest: Any
+) -> tuple[Tensor, ...]:
+    group_ids, (accumulate_dtype, needs_grad, _) = rest[1], rest[-3:]
+    dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    sum_dtype = dtype if dtype == torch.float64 else accumulate_dtype
+    num_sequences, num_rows = 2 * group_ids.shape[0], labels.numel()
+    return (
+        hidden.new_empty(num_sequences, dtype=dtype),
+        hidden.new_empty((num_rows, 2), dtype=dtype),
+        hidden.new_empty((num_rows if needs_grad[0] else 0, hidden.shape[-1])),
+        hidden.new_empty(weight.shape if needs_grad[1] else (0, 0), dtype=sum_dtype),
+        hidden.new_empty(weight.shape[:1] if needs_grad[2] else (0,), dtype=sum_dtype),
+        hidden.new_empty(num_sequences, dtype=torch.float64),
+        hidden.new_empty(num_sequences, dtype=torch.bool),
+    )
+
+
+def _linear_pair_logps_backward(
+    dlogps: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    logit_scale: float,
+    softcap: float,
+    labels: Tensor,
+    cu_seqlens: Tensor | None,
+    *rest: Any,
+) -> tuple[Tensor, ...]:
+    *swept, ignore_index, average, chunk_rows, accumulate_dtype, needs_grad, backend = rest
+    head = linear.LinearHead(weight, bias, logit_scale, softcap)
+    arguments = (dlogps, hidden, head, labels, cu_seqlens, linear_pairs.Swept(dlogps, *swept))
+    options = (ignore_index, average, chunk_rows, needs_grad, accumulate_dtype)
+    grads = linear_pairs.sweep_backward(dispatch.kernels_of(backend), *arguments, *options)
+    return _no_nones(hidden, grads)
+
+
+def _linear_pair_logps_backward_fake(*arguments: Any) -> tuple[Tensor, ...]:
+    return _linear_backward_fake(*arguments[:3], needs_grad=arguments[-2])
+
+
+def _no_nones(hidden: Tensor, grads: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
+    """An operator's schema has no optional results: an empty tensor stands for a gradient that nobody asked for."""
+    return tuple(hidden.new_empty(0) if grad is None else grad for grad in grads)
 
 
 def _group_robust_loss(
@@ -263,6 +364,8 @@ _OPERATORS = (
     ("token_logps_backward_", _token_logps_backward_inplace, _token_logps_backward_inplace_fake),
     ("linear_token_logps", _linear_token_logps, _linear_token_logps_fake),
     ("linear_token_logps_backward", _linear_token_logps_backward, _linear_token_logps_backward_fake),
+    ("linear_pair_logps", _linear_pair_logps, _linear_pair_logps_fake),
+    ("linear_pair_logps_backward", _linear_pair_logps_backward, _linear_pair_logps_backward_fake),
     ("group_robust_loss", _group_robust_loss, _group_robust_loss_fake),
     ("group_robust_loss_backward", _group_robust_loss_backward, _group_robust_loss_backward_fake),
     (

@@ -36,18 +36,13 @@ def sequence_logps(
     return sums / counts.clamp(min=1) if average else sums
 
 
-def linear_sequence_logps(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    labels: Tensor,
-    cu_seqlens: Tensor | None,
-    ignore_index: int,
-    average: bool,
+def head_logits(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None = None, logit_scale: float = 1.0, softcap: float = 0.0
 ) -> Tensor:
-    """(S,): the same from hidden states (..., D) and the head's weight (V, D), through the whole logits."""
-    logits = torch.nn.functional.linear(hidden, weight, bias)
-    return sequence_logps(logits, labels, cu_seqlens, ignore_index, average)
+    """(..., V): the whole logits of hidden states (..., D) and the head's weight (V, D), in hidden's dtype."""
+    bias = None if bias is None else bias.to(hidden.dtype)
+    logits = logit_scale * torch.nn.functional.linear(hidden, weight.to(hidden.dtype), bias)
+    return softcap * torch.tanh(logits / softcap) if softcap else logits
 
 
 def margins(policy_logps: Tensor, ref_logps: Tensor | None) -> Tensor:

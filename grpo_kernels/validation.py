@@ -133,7 +133,7 @@ def check_vocab_shard(vocab_shard: Any, columns_name: str, num_columns: int) -> 
 
 
 def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    """hidden (..., D), weight (V, D), bias (V,): same device, and same dtype."""
+    """hidden (..., D), weight (V, D), bias (V,) on the same device."""
     check_float_tensor("weight", weight)
     if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1]:
         raise ValueError(f"weight must have shape (V, {hidden.shape[-1]}), got {tuple(weight.shape)}")
@@ -145,8 +145,29 @@ def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
         named.append(("bias", bias))
     for name, tensor in named:
         check_same_device(name, tensor, "hidden", hidden)
-        if tensor.dtype != hidden.dtype:
-            raise TypeError(f"{name} must have hidden's dtype {hidden.dtype}, got {tensor.dtype}")
+
+
+def check_linear_options(
+    logit_scale: Any, softcap: Any, max_extra_bytes: Any, plan: Any, accumulate_dtype: Any
+) -> None:
+    check_number("logit_scale", logit_scale, -math.inf)
+    if logit_scale == 0:
+        raise ValueError("logit_scale must not be 0: every token would be as likely")
+    if softcap is not None:
+        check_number("softcap", softcap, 0.0, open_low=True)
+    check_number("max_extra_bytes", max_extra_bytes, 0)
+    check_choice("plan", plan, ("auto", "sweep", "keep", "recompute"))
+    if accumulate_dtype not in (torch.float32, torch.bfloat16):
+        raise ValueError(f"accumulate_dtype must be torch.float32 or torch.bfloat16, got {accumulate_dtype}")
+
+
+def check_online_reference(ref_hidden: Any, ref_weight: Any, ref_logps: Any, reference_free: bool) -> None:
+    if ref_hidden is None or ref_weight is None:
+        missing = "ref_hidden" if ref_hidden is None else "ref_weight"
+        raise ValueError(f"ref_hidden and ref_weight must be given together, got no {missing}")
+    if ref_logps is not None or reference_free:
+        other = "reference_free=True" if reference_free else "ref_logps"
+        raise ValueError(f"ref_hidden must be None where the reference policy is given by {other}")
 
 
 def check_loss_options(loss_type: str, label_smoothing: float, loss_types: dict[str, Any]) -> None:

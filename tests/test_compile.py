@@ -41,25 +41,60 @@ def operator_calls() -> dict[str, tuple]:
     logits = logits.detach()
     hidden, weight, bias = torch.randn(6, 7, 5), torch.randn(13, 5), torch.randn(13)
     _, lse = OPS.token_logps(logits, labels, -100, "torch")
-    _, linear_lse, kept = OPS.linear_token_logps(hidden, weight, bias, labels, -100, "keep", 42, "torch")
-    upstream = torch.randn(6, 7)
-    linear = (upstream, hidden, weight, bias, labels, linear_lse, -100)
+    head = (weight, bias, 0.5, 3.0)
+    _, linear_lse, kept = OPS.linear_token_logps(hidden, *head, labels, -100, 9, "keep", 42, "torch")
+    upstream, all_three = torch.randn(6, 7), [True, True, True]
+    backward = (upstream, hidden, *head, labels, linear_lse)
+    of_pairs = (labels, None, torch.tensor([1, 0, 1]), torch.randn(6), None, torch.rand(3), None, 0.1, "sigmoid", 0.2)
+    forecast = (torch.zeros(2, dtype=torch.float64), torch.ones(2, dtype=torch.float64))
+    options = (-100, True, 9, torch.float32, all_three, "torch")
+    _, *swept = OPS.linear_pair_logps(hidden, *head, *of_pairs, *forecast, *options)
     return {
         "token_logps": (logits, labels, -100, "torch"),
         "token_logps_backward": (upstream, logits, labels, lse, -100, "torch"),
         "token_logps_backward_": (upstream, logits.clone(), labels, lse, -100, "torch"),
-        "linear_token_logps": (hidden, weight, bias, labels, -100, "none", 0, "torch"),
+        "linear_token_logps": (hidden, *head, labels, -100, 9, "none", 0, "torch"),
         # All labels count: rows of `kept` beyond those that do are never written.
-        "linear_token_logps:keep": (hidden, weight, bias, labels.clamp(min=0), -100, "keep", 42, "torch"),
-        "linear_token_logps:frozen": (hidden, weight, bias, labels, -100, "frozen", 0, "torch"),
-        "linear_token_logps_backward": (*linear, [True, True, True], "recompute", kept[:0], "torch"),
-        "linear_token_logps_backward:keep": (*linear, [True, True, True], "keep", kept, "torch"),
-        "linear_token_logps_backward:hidden": (*linear, [True, False, False], "keep", kept, "torch"),
-        "linear_token_logps_backward:frozen": (*linear, [True, False, False], "frozen", hidden * 2, "torch"),
+        "linear_token_logps:keep": (hidden, *head, labels.clamp(min=0), -100, 9, "keep", 42, "torch"),
+        "linear_token_logps:frozen": (hidden, *head, labels, -100, 9, "frozen", 0, "torch"),
+        "linear_token_logps_backward": (*backward, all_three, -100, 9, torch.float32, "recompute", kept[:0], "torch"),
+        "linear_token_logps_backward:keep": (*backward, all_three, -100, 9, torch.float32, "keep", kept, "torch"),
+        "linear_token_logps_backward:hidden": (
+            *backward,
+            [True, False, False],
+            -100,
+            9,
+            torch.float32,
+            "keep",
+            kept,
+            "torch",
+        ),
+        "linear_token_logps_backward:frozen": (
+            *backward,
+            [True, False, False],
+            -100,
+            9,
+            torch.float32,
+            "frozen",
+            hidden * 2,
+            "torch",
+        ),
+        "linear_pair_logps": (hidden, *head, *of_pairs, *forecast, *options),
+        "linear_pair_logps:weight": (
+            hidden,
+            *head,
+            *of_pairs,
+            *forecast,
+            *options[:4],
+            [False, True, False],
+            "torch",
+        ),
+        "linear_pair_logps_backward": (torch.randn(6), hidden, *head, labels, None, *swept, *options),
         **(fused_calls() if not gk.backends()["triton"] and not torch.cuda.is_available() else {}),
     }
 
 
+@pytest.mark.filterwarnings("ignore:.*sequences had gradients of their log-probabilities")
 @pytest.mark.parametrize("name", operator_calls())
 def test_opcheck(name: str) -> None:
     operator = getattr(OPS, name.split(":")[0]).default

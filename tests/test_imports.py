@@ -20,6 +20,7 @@ ORDER = [
     {"autograd"},
     {"functional"},
     {"group_weights"},
+    {"forecast"},
     {"losses"},
     {"data", "sampling"},
     {"algorithm", "bandit", "batched"},

@@ -133,32 +133,40 @@ class VocabParallelLinearTokenLogps(torch.autograd.Function):
         hidden: Tensor,
         weight: Tensor,
         bias: Tensor | None,
+        logit_scale: float,
+        softcap: float,
         labels: Tensor,
         ignore_index: int,
+        chunk_rows: int,
+        accumulate_dtype: torch.dtype,
         shard: VocabShard,
         kernels: KernelBackend,
     ) -> Tensor:
-        ctx.kernels, ctx.shard, ctx.ignore_index = ShardKernels(kernels, shard), shard, ignore_index
+        ctx.kernels, ctx.shard = ShardKernels(kernels, shard), shard
         whole_hidden = gather_positions(hidden, shard) if shard.sequence_parallel else hidden
+        head = linear.LinearHead(weight, bias, logit_scale, softcap)
         label_logits, lse, _ = linear.linear_token_logps_forward(
-            ctx.kernels, whole_hidden, weight, bias, labels, ignore_index
+            ctx.kernels, whole_hidden, head, labels, ignore_index, chunk_rows
         )
         token_logps, lse = merge(label_logits, lse, labels, ignore_index, shard.process_group)
         ctx.save_for_backward(whole_hidden, weight, bias, labels, lse)
+        ctx.of_logits, ctx.options = (logit_scale, softcap), (ignore_index, chunk_rows, accumulate_dtype)
         return token_logps
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dtoken_logps: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, labels, lse = ctx.saved_tensors
+        head = linear.LinearHead(weight, bias, *ctx.of_logits)
+        ignore_index, *options = ctx.options
         dhidden, dweight, dbias = linear.linear_token_logps_backward(
-            ctx.kernels, dtoken_logps, hidden, weight, bias, labels, lse, ctx.ignore_index, ctx.needs_input_grad[:3]
+            ctx.kernels, dtoken_logps, hidden, head, labels, lse, ignore_index, ctx.needs_input_grad[:3], *options
         )
         if dhidden is not None and ctx.shard.sequence_parallel:
             dhidden = scatter_positions(dhidden, ctx.shard)
         elif dhidden is not None:
             dist.all_reduce(dhidden, group=ctx.shard.process_group)
-        return dhidden, dweight, dbias, None, None, None, None
+        return dhidden, dweight, dbias, *[None] * 8
 
 
 def like_whole_hidden(hidden: Tensor, shard: VocabShard) -> Tensor:

@@ -1,17 +1,12 @@
 """The linear path of every backend: chunks of counted tokens, logits of a chunk only, the backend's row kernels between
 the matrix products.
 
-    logits = hidden weight^T + bias         G = onehot(label) - softmax(logits)         d = dtoken_logps
-    dhidden = d (G weight)                  dweight = G^T (d hidden)                    dbias = G^T d
+    z = scale * (hidden weight^T + bias)        logits = z, or softcap * tanh(z / softcap)
+    G = onehot(label) - softmax(logits), times dlogits/dz and the scale        d = dtoken_logps
+    dhidden = d (G weight)                      dweight = G^T (d hidden)                    dbias = G^T d
 
 Ignored tokens are dropped before the first product. G does not depend on d, so the forward may already make it, in
-place over a chunk's logits; `plan_of` says what it keeps for the backward:
-
-    plan         what is kept                           products, forward + backward
-    "none"       nothing (no gradients)                 1 + 0
-    "frozen"     G weight, of hidden's size             2 + 0    weight and bias need no gradient (LoRA)
-    "keep"       G of as many tokens as fit             1 + 2    for those tokens, 1 + 3 for the others
-    "recompute"  nothing                                1 + 3
+place over a chunk's logits; linear_plan.py says what is kept of it for the backward, and what that costs.
 
 Finding the counted tokens reads the labels back: on a GPU it synchronises.
 """
@@ -19,6 +14,7 @@ Finding the counted tokens reads the labels back: on a GPU it synchronises.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,29 +22,44 @@ from torch import Tensor
 from grpo_kernels.kernels.contract import KernelBackend
 from grpo_kernels.kernels.rows import Rows, accumulation_dtype, blocks, counted_chunks, take
 
-# Logits of a chunk: 32 MiB in float32, enough rows to keep the matrix products efficient.
-CHUNK_ELEMENTS = 1 << 23
-PLANS = ("none", "frozen", "keep", "recompute")
 
+class LinearHead(NamedTuple):
+    """weight (V, D), bias (V,), and what the model does to their logits; a softcap of 0 is none."""
 
-def plan_of(needs_grad: Sequence[bool], kept_rows: int) -> str:
-    """The plan for which of (hidden, weight, bias) need gradients, and how many tokens' G may be kept."""
-    if not any(needs_grad):
-        return "none"
-    if not (needs_grad[1] or needs_grad[2]):
-        return "frozen"
-    return "keep" if kept_rows else "recompute"
+    weight: Tensor
+    bias: Tensor | None
+    logit_scale: float = 1.0
+    softcap: float = 0.0
 
+    def to(self, dtype: torch.dtype) -> LinearHead:
+        bias = None if self.bias is None else self.bias.to(dtype)
+        return self._replace(weight=self.weight.to(dtype), bias=bias)
 
-def kept_rows_of(num_rows: int, weight: Tensor, max_kept_bytes: int) -> int:
-    """Tokens whose G fits: whole chunks, or all tokens. Known without reading the labels."""
-    fitting = max_kept_bytes // (weight.shape[0] * weight.element_size())
-    chunk = rows_a_chunk(num_rows, weight)
-    return num_rows if fitting >= num_rows else fitting // chunk * chunk
+    def logits(self, chunk_hidden: Tensor, buffer: Tensor) -> Tensor:
+        """(n, V) of (n, D), in the first rows of the buffer."""
+        logits = torch.mm(chunk_hidden, self.weight.t(), out=buffer[: chunk_hidden.shape[0]])
+        if self.bias is not None:
+            logits.add_(self.bias)
+        if self.logit_scale != 1:
+            logits.mul_(self.logit_scale)
+        if self.softcap:
+            logits.div_(self.softcap).tanh_().mul_(self.softcap)
+        return logits
 
-
-def rows_a_chunk(num_rows: int, weight: Tensor) -> int:
-    return max(1, min(num_rows, CHUNK_ELEMENTS // weight.shape[0]))
+    def to_unit_gradient(
+        self, kernels: KernelBackend, logits: Tensor, labels: Tensor, lse: Tensor, ignore_index: int
+    ) -> Tensor:
+        """G of a chunk, over its logits."""
+        slopes = None
+        if self.softcap:
+            slopes = (logits / self.softcap).square_().neg_().add_(1).mul_(self.logit_scale)
+        ones = torch.ones((), dtype=accumulation_dtype(logits), device=logits.device).expand(labels.shape)
+        kernels.token_logps_backward(ones, logits, labels, lse, ignore_index, logits)
+        if slopes is not None:
+            logits.mul_(slopes)
+        elif self.logit_scale != 1:
+            logits.mul_(self.logit_scale)
+        return logits
 
 
 def kept_shape(plan: str, hidden: Tensor, weight: Tensor, kept_rows: int) -> tuple[int, ...]:
@@ -60,10 +71,10 @@ def kept_shape(plan: str, hidden: Tensor, weight: Tensor, kept_rows: int) -> tup
 def linear_token_logps_forward(
     kernels: KernelBackend,
     hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
+    head: LinearHead,
     labels: Tensor,
     ignore_index: int,
+    chunk_rows: int,
     plan: str = "none",
     kept_rows: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -71,24 +82,24 @@ def linear_token_logps_forward(
 
     The third result is what the plan keeps, of `kept_shape`.
     """
-    num_rows = labels.numel()
+    head = head.to(hidden.dtype)
     token_logps = torch.zeros(labels.shape, dtype=accumulation_dtype(hidden), device=hidden.device)
     lse = torch.zeros(*labels.shape, 2, dtype=token_logps.dtype, device=hidden.device)
-    kept = hidden.new_empty(kept_shape(plan, hidden, weight, kept_rows))
+    kept = hidden.new_empty(kept_shape(plan, hidden, head.weight, kept_rows))
     states = kept.zero_() if plan == "frozen" else None
-    buffer = hidden.new_empty(rows_a_chunk(num_rows, weight), weight.shape[0])
+    buffer = hidden.new_empty(chunk_rows if kept_rows < labels.numel() else 0, head.weight.shape[0])
     for begin, rows, (block, block_labels, block_logps, block_lse, block_states) in _chunks(
-        ignore_index, buffer.shape[0], hidden, labels, token_logps, lse, states
+        ignore_index, chunk_rows, hidden, labels, token_logps, lse, states
     ):
         chunk_labels = block_labels[rows]
         end = begin + chunk_labels.shape[0]
         keeps = plan == "keep" and end <= kept_rows
-        logits = _logits_of(take(block, rows), weight, bias, kept[begin:end] if keeps else buffer)
+        logits = head.logits(take(block, rows), kept[begin:end] if keeps else buffer)
         block_logps[rows], block_lse[rows] = kernels.token_logps_forward(logits, chunk_labels, ignore_index)
         if keeps or block_states is not None:
-            _to_unit_gradient(kernels, logits, chunk_labels, block_lse[rows], ignore_index)
+            head.to_unit_gradient(kernels, logits, chunk_labels, block_lse[rows], ignore_index)
         if block_states is not None:
-            block_states[rows] = logits @ weight
+            block_states[rows] = logits @ head.weight
     return token_logps, lse, kept
 
 
@@ -96,27 +107,26 @@ def linear_token_logps_backward(
     kernels: KernelBackend,
     dtoken_logps: Tensor,
     hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
+    head: LinearHead,
     labels: Tensor,
     lse: Tensor,
     ignore_index: int,
     needs_grad: Sequence[bool],
+    chunk_rows: int,
+    accumulate_dtype: torch.dtype,
     plan: str = "recompute",
     kept: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """(dhidden, dweight, dbias), None where ``needs_grad`` says that nobody asks for it."""
-    dtype = accumulation_dtype(hidden)
     if plan == "frozen":
         assert kept is not None
-        return (kept * dtoken_logps.unsqueeze(-1)).to(hidden.dtype), None, None
+        d = dtoken_logps.masked_fill(labels == ignore_index, 0)  # which NaN would not be
+        return (kept * d.unsqueeze(-1)).to(hidden.dtype), None, None
+    weight_dtype, head = head.weight.dtype, head.to(hidden.dtype)
     kept_rows = kept.shape[0] if plan == "keep" and kept is not None else 0
     dhidden = torch.zeros_like(hidden) if needs_grad[0] else None
-    # Summed over chunks in the accumulation dtype: in bfloat16 the error would grow with their number.
-    dweight = torch.zeros(weight.shape, dtype=dtype, device=weight.device) if needs_grad[1] else None
-    dbias = torch.zeros(weight.shape[:1], dtype=dtype, device=weight.device) if needs_grad[2] else None
-    chunk_rows = rows_a_chunk(labels.numel(), weight)
-    buffer = hidden.new_empty(chunk_rows if kept_rows < labels.numel() else 0, weight.shape[0])
+    dweight, dbias = gradient_sums(head, needs_grad, accumulate_dtype)
+    buffer = hidden.new_empty(chunk_rows if kept_rows < labels.numel() else 0, head.weight.shape[0])
     for begin, rows, (block, block_labels, block_dlogps, block_lse, block_dhidden) in _chunks(
         ignore_index, chunk_rows, hidden, labels, dtoken_logps, lse, dhidden
     ):
@@ -125,23 +135,42 @@ def linear_token_logps_backward(
         if kept is not None and end <= kept_rows:
             unit = kept[begin:end]
         else:
-            unit = _logits_of(chunk_hidden, weight, bias, buffer)
-            _to_unit_gradient(kernels, unit, chunk_labels, block_lse[rows], ignore_index)
+            unit = head.logits(chunk_hidden, buffer)
+            head.to_unit_gradient(kernels, unit, chunk_labels, block_lse[rows], ignore_index)
         if block_dhidden is not None:
-            block_dhidden[rows] = ((unit @ weight) * d).to(hidden.dtype)
-        if dbias is not None:
-            dbias += (unit * d).sum(0, dtype=dtype)
-        if dweight is not None:
-            scaled_hidden = (chunk_hidden * d).to(hidden.dtype)
-            if dweight.dtype == hidden.dtype:
-                dweight.addmm_(unit.t(), scaled_hidden)
-            else:
-                dweight += unit.t() @ scaled_hidden
+            block_dhidden[rows] = ((unit @ head.weight) * d).to(hidden.dtype)
+        add_products(dweight, dbias, unit, chunk_hidden, d)
     return (
         dhidden,
-        None if dweight is None else dweight.to(weight.dtype),
-        None if dbias is None else dbias.to(weight.dtype),
+        None if dweight is None else dweight.to(weight_dtype),
+        None if dbias is None else dbias.to(weight_dtype),
     )
+
+
+def gradient_sums(
+    head: LinearHead, needs_grad: Sequence[bool], accumulate_dtype: torch.dtype
+) -> tuple[Tensor | None, Tensor | None]:
+    """Zeros for dweight and dbias. In bfloat16 their error would grow with the number of chunks."""
+    weight = head.weight
+    dtype = torch.float64 if weight.dtype == torch.float64 else accumulate_dtype
+    dweight = torch.zeros(weight.shape, dtype=dtype, device=weight.device) if needs_grad[1] else None
+    dbias = torch.zeros(weight.shape[:1], dtype=dtype, device=weight.device) if needs_grad[2] else None
+    return dweight, dbias
+
+
+def add_products(dweight: Tensor | None, dbias: Tensor | None, unit: Tensor, chunk_hidden: Tensor, d: Tensor) -> None:
+    """dweight += G^T (d hidden) and dbias += G^T d of a chunk; d (n, 1)."""
+    if dbias is not None:
+        dbias += (unit * d).sum(0, dtype=dbias.dtype)
+    if dweight is None:
+        return
+    scaled_hidden = (chunk_hidden * d).to(chunk_hidden.dtype)
+    if dweight.dtype == scaled_hidden.dtype:
+        dweight.addmm_(unit.t(), scaled_hidden)
+    elif dweight.is_cuda:  # the library adds up in float32 anyway: do not round what it found
+        dweight += torch.mm(unit.t(), scaled_hidden, out_dtype=dweight.dtype)
+    else:
+        dweight += unit.t() @ scaled_hidden
 
 
 def _chunks(
@@ -153,14 +182,3 @@ def _chunks(
         for chunk in counted_chunks(block_labels, ignore_index, rows_at_most):
             yield begin, chunk, (block, block_labels, *companions)
             begin += block_labels[chunk].shape[0]
-
-
-def _to_unit_gradient(kernels: KernelBackend, logits: Tensor, labels: Tensor, lse: Tensor, ignore_index: int) -> None:
-    """G of a chunk, over its logits."""
-    ones = torch.ones((), dtype=accumulation_dtype(logits), device=logits.device).expand(labels.shape)
-    kernels.token_logps_backward(ones, logits, labels, lse, ignore_index, logits)
-
-
-def _logits_of(chunk_hidden: Tensor, weight: Tensor, bias: Tensor | None, buffer: Tensor) -> Tensor:
-    logits = torch.mm(chunk_hidden, weight.t(), out=buffer[: chunk_hidden.shape[0]])
-    return logits if bias is None else logits.add_(bias)

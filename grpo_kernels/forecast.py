@@ -1,0 +1,57 @@
+"""What a pair's weight in the loss will be, up to a factor that all pairs share, before the whole batch is known."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from grpo_kernels.group_weights import GroupWeights
+from grpo_kernels.segments import segment_sum
+
+
+class Forecast(NamedTuple):
+    """A pair of group g weighs exp(offset_g + rate_g * (the batch's sum of g's pair losses)); (K,) float64 each.
+
+    ``accumulators``: sums of dweight that a sweep of `grpo_kernels.kernels.linear_pairs` needs.
+    """
+
+    offsets: Tensor
+    rates: Tensor
+    accumulators: int
+
+
+def forecast_of(of_groups: GroupWeights, group_ids: Tensor) -> Forecast | None:
+    """None where a weight depends on more than its group's pairs of this rank's batch: other ranks, a floor, chi < 1 or
+    another rule while alpha moves.
+
+    In MATH's terms: the weight is alpha_g N / (N_g B) or alpha_g / n_g, and alpha_g is in proportion to
+    alpha_g exp(eta (L_g + C / sqrt(N_g))) of before.
+    """
+    num_groups = of_groups.num_groups
+    moves = of_groups.training and torch.is_grad_enabled()
+    mean_of_group = of_groups.estimator == "group_mean"
+    other_ranks = moves and of_groups.num_ranks > 1 and num_groups > 1
+    may_move = moves and of_groups.update_mode == "inline" and num_groups > 1 and of_groups.chi > 0
+    if other_ranks and (may_move or mean_of_group):
+        return None
+    if may_move and (not of_groups.is_default_rule or of_groups.floor or of_groups.chi < 1):
+        return None
+    ids = group_ids.clamp(0, num_groups - 1)
+    if mean_of_group:
+        per_pair = 1 / segment_sum(torch.ones_like(ids, dtype=torch.float64), ids, num_groups).clamp(min=1)
+        to_loss = per_pair
+    else:
+        assert of_groups.group_sizes is not None  # the importance estimator asked for them
+        per_pair = 1 / of_groups.group_sizes.double()
+        to_loss = per_pair * of_groups.group_sizes.double().sum() / max(1, ids.shape[0])
+    accumulators = 2 if may_move else 1
+    if not may_move or of_groups.update_of_forward() != "inline":  # a forward run again has the weights already
+        log_weights = of_groups.loss_weights().log() + per_pair.log()
+        return Forecast(log_weights, torch.zeros_like(log_weights), accumulators)
+    offsets = of_groups.log_alpha + per_pair.log()
+    if of_groups.adjustment:
+        assert of_groups.group_sizes is not None
+        offsets = offsets + of_groups.step_size * of_groups.adjustment / of_groups.group_sizes.double().sqrt()
+    return Forecast(offsets, of_groups.step_size * to_loss, accumulators)

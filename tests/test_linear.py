@@ -1,0 +1,337 @@
+"""linear_sequence_logps of every backend and plan against the float64 truth."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+import truth
+from conftest import batch
+from test_sequence_logps import DTYPES, plain_logps, run
+from torch import Tensor
+
+import grpo_kernels as gk
+from grpo_kernels.kernels import linear, linear_plan, torch_chunked
+
+
+def linear_inputs(dtype: torch.dtype, bias: bool = True) -> list[Tensor]:
+    shapes = [(6, 7, 9), (13, 9), *([(13,)] if bias else [])]
+    return [torch.randn(*shape, dtype=torch.float64).to(dtype).requires_grad_() for shape in shapes]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("elements", [13, 1 << 23])
+def test_linear_value_and_gradients(
+    backend: str, dtype: torch.dtype, bias: bool, elements: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(linear_plan, "CHUNK_ELEMENTS", elements)
+    _, labels = batch()
+    inputs = linear_inputs(dtype, bias)
+    upstream = torch.linspace(-1, 2, 6, dtype=torch.float64)
+    hidden, weight, *rest = (x.detach().double() for x in inputs)
+    exact, slopes = truth.sequence_terms(F.linear(hidden, weight, *rest), labels)
+    dlogits = (upstream[:, None, None] * slopes).flatten(0, 1)
+    exact_grads = [(dlogits @ weight).view_as(hidden), dlogits.T @ hidden.flatten(0, 1), dlogits.sum(0)]
+    plain, plain_grads = run(lambda: plain_logps(F.linear(*inputs), labels), inputs, upstream)
+
+    def ours() -> Tensor:
+        return gk.linear_sequence_logps(*inputs[:2], labels, bias=inputs[2] if bias else None, backend=backend)
+
+    got, grads = run(ours, inputs, upstream)
+    truth.assert_within_budget(got, exact, plain, "logps")
+    for name, grad, exact_grad, plain_grad in zip(
+        ("dhidden", "dweight", "dbias"), grads, exact_grads, plain_grads, strict=False
+    ):
+        assert grad.dtype == dtype
+        truth.assert_within_budget(grad, exact_grad, plain_grad, name)
+
+
+def test_linear_skips_what_is_frozen(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, labels = batch()
+    hidden, weight = linear_inputs(torch.float64, bias=False)
+    asked = []
+    original = linear.linear_token_logps_backward
+
+    def spy(*args):
+        grads = original(*args)
+        asked.append([grad is not None for grad in grads])
+        return grads
+
+    monkeypatch.setattr(linear, "linear_token_logps_backward", spy)
+    (only_hidden,) = torch.autograd.grad(
+        gk.linear_sequence_logps(hidden, weight.detach(), labels, backend="torch").sum(), hidden
+    )
+    (only_weight,) = torch.autograd.grad(
+        gk.linear_sequence_logps(hidden.detach(), weight, labels, backend="torch").sum(), weight
+    )
+    both = torch.autograd.grad(
+        gk.linear_sequence_logps(hidden, weight, labels, backend="torch").sum(), (hidden, weight)
+    )
+    assert asked == [[True, False, False], [False, True, False], [True, True, False]]
+    assert torch.equal(both[0], only_hidden)
+    assert torch.equal(both[1], only_weight)
+
+
+PLANS = {"recompute": ("recompute", 0), "keep some": ("auto", 13 * 8 * 26), "keep all": ("keep", 1 << 20)}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("chunk_rows", [1, 4, 1000])
+@pytest.mark.parametrize("plan", PLANS)
+def test_linear_plans_agree_with_the_truth(
+    backend: str, dtype: torch.dtype, chunk_rows: int, plan: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever is kept, in chunks of whatever size, twice over, and with an upstream gradient that is not 1."""
+    monkeypatch.setattr(linear_plan, "CHUNK_ELEMENTS", 13 * chunk_rows)
+    _, labels = batch()
+    inputs = linear_inputs(dtype)
+    upstream = torch.linspace(-1, 2, 6, dtype=torch.float64)
+    hidden, weight, bias = (x.detach().double() for x in inputs)
+    exact, slopes = truth.sequence_terms(F.linear(hidden, weight, bias), labels)
+    dlogits = (upstream[:, None, None] * slopes).flatten(0, 1)
+    exact_grads = [(dlogits @ weight).view_as(hidden), dlogits.T @ hidden.flatten(0, 1), dlogits.sum(0)]
+    plain, plain_grads = run(lambda: plain_logps(F.linear(*inputs), labels), inputs, upstream)
+    name, max_extra_bytes = PLANS[plan]
+    options = {"plan": name, "max_extra_bytes": max_extra_bytes, "backend": backend}
+    out = gk.linear_sequence_logps(*inputs[:2], labels, bias=inputs[2], **options)
+    truth.assert_within_budget(out.detach(), exact, plain, "logps")
+    first = torch.autograd.grad(out, inputs, upstream.to(out.dtype), retain_graph=True)
+    again = torch.autograd.grad(out, inputs, upstream.to(out.dtype))
+    for name, grad, same, exact_grad, plain_grad in zip(
+        ("dhidden", "dweight", "dbias"), first, again, exact_grads, plain_grads, strict=True
+    ):
+        truth.assert_within_budget(grad, exact_grad, plain_grad, name)
+        assert torch.equal(grad, same)
+
+
+@pytest.mark.parametrize(
+    ("plan", "kept_rows", "needs_grad", "products"),
+    [
+        ("none", 0, (False, False), (1, 0)),
+        ("frozen", 0, (True, False), (2, 0)),
+        ("keep", 40, (True, True), (1, 2)),
+        ("keep", 20, (True, True), (1, 2.5)),
+        ("recompute", 0, (True, True), (1, 3)),
+        ("recompute", 0, (False, True), (1, 2)),
+    ],
+)
+def test_linear_plans_cost_what_they_say(
+    plan: str, kept_rows: int, needs_grad: tuple[bool, bool], products: tuple
+) -> None:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    # In bfloat16 dweight is a product and a sum: of addmm_ in place the counter knows nothing.
+    hidden, weight = torch.randn(60, 8).bfloat16(), torch.randn(50, 8).bfloat16()
+    labels = torch.randint(0, 50, (60,))
+    labels[::3] = -100  # 40 of 60 count
+    one_product = 2 * 40 * 8 * 50
+    head = linear.LinearHead(weight, None)
+    with FlopCounterMode(display=False) as counter:
+        _, lse, kept = linear.linear_token_logps_forward(torch_chunked, hidden, head, labels, -100, 10, plan, kept_rows)
+    assert counter.get_total_flops() == products[0] * one_product
+    if plan != "none":
+        arguments = (
+            torch.randn(60),
+            hidden,
+            head,
+            labels,
+            lse,
+            -100,
+            (*needs_grad, False),
+            10,
+            torch.float32,
+            plan,
+            kept,
+        )
+        with FlopCounterMode(display=False) as counter:
+            linear.linear_token_logps_backward(torch_chunked, *arguments)
+        assert counter.get_total_flops() == products[1] * one_product
+
+
+def test_linear_plan_is_chosen_by_what_needs_gradients_and_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    hidden, weight = (torch.zeros(2, 30, 4, requires_grad=True), torch.zeros(50, 4, requires_grad=True))
+    row = 50 * 4
+
+    def plan(*options, weight: Tensor = weight) -> tuple[str, int, float, int]:
+        chosen = gk.functional.linear_plan(hidden, weight, None, 60, *options)
+        return chosen.name, chosen.kept_rows, chosen.products, chosen.extra_bytes
+
+    assert plan() == ("keep", 60, 3, 60 * row)
+    assert plan(60 * row - 1)[0] == "recompute"  # a chunk takes all of it
+    assert plan(0) == ("recompute", 0, 4, row)
+    assert plan(10**6, "recompute") == ("recompute", 0, 4, 60 * row)
+    assert plan(weight=weight.detach()) == ("frozen", 0, 2, 60 * row + 60 * 4 * 4)
+    monkeypatch.setattr(linear_plan, "CHUNK_ELEMENTS", 50 * 10)
+    assert plan(40 * row) == ("keep", 30, 3.5, 40 * row)
+    with torch.no_grad():
+        assert plan() == ("none", 0, 1, 10 * row)
+    with pytest.raises(ValueError, match=r"got 'sweep': it needs the pairs' loss"):
+        plan(10**6, "sweep")
+    with pytest.raises(ValueError, match=r"got 'keep': max_extra_bytes=0 is too little for it"):
+        plan(0, "keep")
+
+
+def test_linear_plan_with_a_sweep() -> None:
+    """Of plans with as many products the one with the least memory; what does not fit is not taken."""
+
+    def plan(accumulators: int, max_extra_bytes: int = 10**7, **changes) -> tuple[str, float, int]:
+        shape = linear_plan.LinearShape(4096, 8, 1000, 4, (True, True, False), 600, accumulators, **changes)
+        chosen = linear_plan.plan_of(shape, max_extra_bytes)
+        return chosen.name, chosen.products, chosen.extra_bytes
+
+    states, sums, chunk = 4096 * 8 * 4, 1000 * 8 * 4, 4096 * 1000 * 4
+    assert plan(0, chunk) == ("keep", 3, chunk)
+    assert plan(2, 2 * chunk)[0] == "keep", "all fits a chunk: a sweep takes more than keeping it"
+    monkeypatched = pytest.MonkeyPatch()
+    with monkeypatched.context() as patch:
+        patch.setattr(linear_plan, "CHUNK_ELEMENTS", 1000 * 100)
+        assert plan(1) == ("sweep", 3, states + sums + 600 * 4000), "a chunk holds the longest pair"
+        assert plan(2) == ("sweep", 3, states + 2 * sums + 600 * 4000)
+        assert plan(2, accumulator_itemsize=2) == ("sweep", 3, states + sums + 600 * 4000)
+        assert plan(2, 2_000_000)[0] == "keep"
+
+
+def test_linear_options_are_checked() -> None:
+    hidden, weight, labels = torch.zeros(2, 3, 4), torch.zeros(5, 4), torch.zeros(2, 3, dtype=torch.int64)
+    for options, message in (
+        ({"max_extra_bytes": -1}, "max_extra_bytes must be finite and in"),
+        ({"plan": "fast"}, "plan must be one of"),
+        ({"softcap": 0.0}, "softcap must be finite and in"),
+        ({"logit_scale": 0.0}, "logit_scale must not be 0"),
+        ({"accumulate_dtype": torch.float16}, "accumulate_dtype must be"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            gk.linear_sequence_logps(hidden, weight, labels, **options)
+        with pytest.raises(ValueError, match=message):
+            gk.LinearGroupRobustLoss(gk.GroupWeights(2, estimator="group_mean", step_size=1.0), **options)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize(("logit_scale", "softcap"), [(0.25, None), (1.0, 2.0), (-1.5, 3.0)])
+def test_linear_scale_and_softcap(
+    backend: str,
+    dtype: torch.dtype,
+    plan: str,
+    logit_scale: float,
+    softcap: float | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(linear_plan, "CHUNK_ELEMENTS", 13 * 4)
+    _, labels = batch()
+    inputs = linear_inputs(dtype)
+    upstream = torch.linspace(-1, 2, 6, dtype=torch.float64)
+
+    def plain(hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        z = logit_scale * F.linear(hidden, weight, bias)
+        return plain_logps(softcap * torch.tanh(z / softcap) if softcap else z, labels)
+
+    wide = [x.detach().double().requires_grad_() for x in inputs]
+    exact, exact_grads = run(lambda: plain(*wide), wide, upstream)
+    plain_value, plain_grads = run(lambda: plain(*inputs), inputs, upstream)
+    name, max_extra_bytes = PLANS[plan]
+    options = {"plan": name, "max_extra_bytes": max_extra_bytes, "backend": backend}
+    options |= {"logit_scale": logit_scale, "softcap": softcap}
+    got, grads = run(lambda: gk.linear_sequence_logps(*inputs[:2], labels, bias=inputs[2], **options), inputs, upstream)
+    truth.assert_within_budget(got, exact, plain_value, "logps")
+    for what, grad, exact_grad, plain_grad in zip(
+        ("dhidden", "dweight", "dbias"), grads, exact_grads, plain_grads, strict=True
+    ):
+        truth.assert_within_budget(grad, exact_grad, plain_grad, what)
+    frozen = gk.linear_sequence_logps(inputs[0], inputs[1].detach(), labels, bias=inputs[2].detach(), **options)
+    (dhidden,) = torch.autograd.grad(frozen, inputs[0], upstream.to(frozen.dtype))
+    truth.assert_within_budget(dhidden, exact_grads[0], plain_grads[0], "dhidden of a frozen head")
+
+
+def test_linear_weight_of_another_dtype(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Products in hidden's dtype; the weight's gradient in its own, summed in float32 and not rounded to bfloat16."""
+    monkeypatch.setattr(linear_plan, "CHUNK_ELEMENTS", 13 * 4)
+    _, labels = batch()
+    hidden, master = (x.detach() for x in linear_inputs(torch.float32, bias=False))
+    hidden = hidden.bfloat16().requires_grad_()
+    master.requires_grad_()
+    rounded = master.detach().bfloat16().requires_grad_()
+    mixed = gk.linear_sequence_logps(hidden, master, labels, backend=backend)
+    same = gk.linear_sequence_logps(hidden, rounded, labels, backend=backend)
+    assert torch.equal(mixed, same)
+    grads, expected = (torch.autograd.grad(out.sum(), (hidden, w)) for out, w in ((mixed, master), (same, rounded)))
+    assert [g.dtype for g in grads] == [torch.bfloat16, torch.float32]
+    assert torch.equal(grads[0], expected[0])
+    assert torch.equal(grads[1].bfloat16(), expected[1])
+    if backend != "reference":
+        assert not torch.equal(grads[1], expected[1].float())
+
+
+def test_linear_accumulate_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linear_plan, "CHUNK_ELEMENTS", 40 * 64)
+    hidden, weight = torch.randn(1, 512, 16).bfloat16(), torch.randn(40, 16).bfloat16().float().requires_grad_()
+    labels = torch.randint(0, 40, (1, 512))
+    grads = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        logps = gk.linear_sequence_logps(hidden, weight, labels, accumulate_dtype=dtype, backend="torch")
+        (grads[dtype],) = torch.autograd.grad(logps.sum(), weight)
+    assert torch.equal(grads[torch.bfloat16], grads[torch.bfloat16].bfloat16().float())
+    assert 0 < (grads[torch.bfloat16] - grads[torch.float32]).abs().max() < 0.02 * grads[torch.float32].abs().max()
+
+
+def test_linear_weight_gradient_does_not_drift_with_the_number_of_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(1, 512, 16).bfloat16(), torch.randn(40, 16).bfloat16().requires_grad_()
+    labels = torch.randint(0, 40, (1, 512))
+    exact_weight = weight.detach().double().requires_grad_()
+    exact_logps = gk.linear_sequence_logps(hidden.double(), exact_weight, labels, backend="torch")
+    (exact,) = torch.autograd.grad(exact_logps.sum(), exact_weight)
+    errors = []
+    for chunk_rows in (512, 64, 4):
+        monkeypatch.setattr(linear_plan, "CHUNK_ELEMENTS", 40 * chunk_rows)
+        logps = gk.linear_sequence_logps(hidden, weight, labels, backend="torch")
+        (grad,) = torch.autograd.grad(logps.sum(), weight)
+        errors.append(((grad.double() - exact).norm() / exact.norm()).item())
+    assert errors[2] < 1.5 * errors[0]
+    assert errors[0] < 2**-7
+
+
+def test_linear_packed_shifted_and_strided(backend: str) -> None:
+    _, labels = batch()
+    hidden, weight = (x.detach() for x in linear_inputs(torch.float64, bias=False))
+    logits = F.linear(hidden, weight)
+    for options in ({"shift_labels": True}, {"average": True}):
+        expected = gk.sequence_logps(logits, labels, backend="reference", **options)
+        sliced = F.pad(hidden, (0, 0, 0, 1))[:, :-1].requires_grad_()
+        strided_weight = weight.t().contiguous().t()
+        got = gk.linear_sequence_logps(sliced, strided_weight, labels, backend=backend, **options)
+        torch.testing.assert_close(got, expected)
+        (grad,) = torch.autograd.grad(got.sum(), sliced)
+        leaf = hidden.clone().requires_grad_()
+        total = gk.sequence_logps(F.linear(leaf, weight), labels, backend="reference", **options).sum()
+        torch.testing.assert_close(grad, torch.autograd.grad(total, leaf)[0])
+        packed = gk.linear_sequence_logps(
+            hidden.flatten(0, 1),
+            weight,
+            labels.flatten(),
+            cu_seqlens=torch.arange(0, 43, 7),
+            backend=backend,
+            **options,
+        )
+        torch.testing.assert_close(packed, expected)
+
+
+def test_linear_under_autocast() -> None:
+    _, labels = batch()
+    hidden, weight = linear_inputs(torch.float32, bias=False)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = gk.linear_sequence_logps(hidden, weight, labels, backend="torch")
+        expected = gk.sequence_logps(F.linear(hidden, weight), labels, backend="torch")
+    assert got.dtype == torch.float32
+    torch.testing.assert_close(got, expected)
+    grad_hidden, grad_weight = torch.autograd.grad(got.sum(), (hidden, weight))
+    assert grad_hidden.dtype == grad_weight.dtype == torch.float32
+
+
+def test_linear_gradcheck(backend: str) -> None:
+    labels = torch.tensor([[1, -100, 0]])
+    inputs = [torch.randn(*shape, dtype=torch.float64).requires_grad_() for shape in ((1, 3, 2), (4, 2), (4,))]
+    assert torch.autograd.gradcheck(
+        lambda h, w, b: gk.linear_sequence_logps(h, w, labels, bias=b, backend=backend), inputs
+    )
