@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
@@ -21,12 +21,16 @@ import torch
 from torch import Tensor
 
 from grpo_kernels.bench_machine import resident_kib
-from grpo_kernels.bench_peers import BETA, PEERS, Peer
+from grpo_kernels.bench_peers import PEERS, Peer, Reference, dpo
 
 
 @dataclass(frozen=True)
 class LinearCase:
-    """Hidden states of ``num_sequences`` x ``length`` x ``hidden_size``; the first ``ignored`` of each is prompt."""
+    """Hidden states of ``num_sequences`` x ``length`` x ``hidden_size``; the first ``ignored`` of each is prompt.
+
+    With ``reference`` the reference policy's log-probabilities are computed, too, from hidden states and a head of its
+    own: without, the loss is reference-free.
+    """
 
     num_sequences: int
     length: int
@@ -34,11 +38,13 @@ class LinearCase:
     vocab_size: int
     dtype: str = "float32"
     ignored: float = 0.0
+    reference: bool = False
 
     @property
     def name(self) -> str:
         shape = f"{self.num_sequences}x{self.length}x{self.hidden_size}x{self.vocab_size}"
-        return f"linear_{shape}_{self.dtype}_ignored{round(100 * self.ignored)}"
+        suffix = "_reference" if self.reference else ""
+        return f"linear_{shape}_{self.dtype}_ignored{round(100 * self.ignored)}{suffix}"
 
     @property
     def counted(self) -> int:
@@ -46,24 +52,28 @@ class LinearCase:
 
     @property
     def floor_flops(self) -> int:
-        """Three products over counted tokens: logits, dhidden, dweight."""
-        return 6 * self.counted * self.hidden_size * self.vocab_size
+        """Three products over counted tokens: logits, dhidden, dweight; a fourth for the reference's logits."""
+        return (8 if self.reference else 6) * self.counted * self.hidden_size * self.vocab_size
 
 
-CASES = (LinearCase(8, 512, 512, 32_000, ignored=0.5),)
+CASES = (LinearCase(8, 512, 512, 32_000, ignored=0.5), LinearCase(8, 512, 512, 32_000, reference=True))
 QUICK_CASES = (LinearCase(4, 64, 128, 8_000),)
 
 
-def inputs_of(case: LinearCase, device: str = "cpu") -> tuple[Tensor, Tensor, Tensor]:
-    """(hidden, weight, labels), both of the first requiring gradients."""
+def inputs_of(case: LinearCase, device: str = "cpu") -> tuple[Tensor, Tensor, Tensor, Reference]:
+    """(hidden, weight, labels, reference), the first two requiring gradients."""
     generator = torch.Generator().manual_seed(0)
     shape, dtype = (case.num_sequences, case.length), getattr(torch, case.dtype)
-    hidden = torch.randn(*shape, case.hidden_size, generator=generator)
-    weight = torch.randn(case.vocab_size, case.hidden_size, generator=generator) / case.hidden_size**0.5
+
+    def states_and_head() -> tuple[Tensor, Tensor]:
+        hidden = torch.randn(*shape, case.hidden_size, generator=generator)
+        weight = torch.randn(case.vocab_size, case.hidden_size, generator=generator) / case.hidden_size**0.5
+        return hidden.to(device, dtype), weight.to(device, dtype)
+
+    hidden, weight = (x.requires_grad_() for x in states_and_head())
     labels = torch.randint(0, case.vocab_size, shape, generator=generator)
     labels[:, : int(case.length * case.ignored)] = -100
-    hidden, weight = (x.to(device, dtype).requires_grad_() for x in (hidden, weight))
-    return hidden, weight, labels.to(device)
+    return hidden, weight, labels.to(device), states_and_head() if case.reference else None
 
 
 def gate(peer: Peer, case: LinearCase, device: str = "cpu") -> float:
@@ -72,17 +82,19 @@ def gate(peer: Peer, case: LinearCase, device: str = "cpu") -> float:
     Raises:
         ValueError: it is more than 256 roundings of the dtype: sums over the vocabulary and over tokens.
     """
-    small = LinearCase(case.num_sequences, 16, case.hidden_size, case.vocab_size, case.dtype, case.ignored)
-    hidden, weight, labels = inputs_of(small, device)
+    small = replace(case, length=16)
+    hidden, weight, labels, reference = inputs_of(small, device)
     exact_inputs = [x.detach().double().requires_grad_() for x in (hidden, weight)]
-    logits = exact_inputs[0] @ exact_inputs[1].t()
-    logps = (logits.log_softmax(-1).gather(-1, labels.clamp(min=0).unsqueeze(-1)).squeeze(-1) * (labels != -100)).sum(
-        -1
-    )
-    chosen, rejected = logps.chunk(2)
-    exact_loss = -torch.nn.functional.logsigmoid(BETA * (chosen - rejected)).mean()
+    exact_reference = None if reference is None else (reference[0].double(), reference[1].double())
+
+    @dpo
+    def exact_loss_of(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+        picked = (hidden @ weight.t()).log_softmax(-1).gather(-1, labels.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+        return (picked * (labels != -100)).sum(-1)
+
+    exact_loss = exact_loss_of(*exact_inputs, labels, exact_reference)
     exact = torch.autograd.grad(exact_loss, exact_inputs)
-    loss = peer.build()(hidden, weight, labels)
+    loss = peer.build()(hidden, weight, labels, reference)
     grads = torch.autograd.grad(loss, (hidden, weight))
     errors = [((g.double() - e).abs().max() / e.abs().max()).item() for g, e in zip(grads, exact, strict=True)]
     allowed = 256 * torch.finfo(hidden.dtype).eps
@@ -91,12 +103,12 @@ def gate(peer: Peer, case: LinearCase, device: str = "cpu") -> float:
     return max(errors)
 
 
-def step(operation: Any, inputs: tuple[Tensor, Tensor, Tensor]) -> None:
+def step(operation: Any, inputs: tuple[Tensor, Tensor, Tensor, Reference]) -> None:
     torch.autograd.grad(operation(*inputs), inputs[:2])
 
 
 def measure_times(case: LinearCase, peers: Sequence[Peer], repetitions: int) -> dict[str, list[float]]:
-    """Milliseconds of each, and of the three bare products, taken in turns; the first two rounds warm up."""
+    """Milliseconds of each, and of the bare products, taken in turns; the first two rounds warm up."""
     inputs = inputs_of(case)
     operations = {peer.name: peer.build() for peer in peers}
     hidden = inputs[0].detach()[inputs[2] != -100]
@@ -105,6 +117,8 @@ def measure_times(case: LinearCase, peers: Sequence[Peer], repetitions: int) -> 
 
     def products() -> None:
         torch.mm(hidden, weight.t(), out=logits)
+        if inputs[3] is not None:
+            torch.mm(hidden, inputs[3][1].t(), out=logits)
         torch.mm(logits, weight, out=dhidden)
         torch.mm(logits.t(), hidden, out=dweight)
 
@@ -136,7 +150,7 @@ def report_peak_memory() -> None:
     peer = next(peer for peer in PEERS if peer.name == request["peer"])
     case = LinearCase(**request["case"])
     operation = peer.build()
-    small = LinearCase(2, 16, case.hidden_size, case.vocab_size, case.dtype)
+    small = replace(case, num_sequences=2, length=16)
     step(operation, inputs_of(small))  # loads libraries, starts threads, compiles
     if peer.name == "torch.compile":
         step(operation, inputs_of(case))  # compiles again for these shapes

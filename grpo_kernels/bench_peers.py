@@ -1,8 +1,8 @@
 """Plain DPO from hidden states and the head's weight, as others and we compute it: one adapter each.
 
-An adapter is `(hidden (2B, T, D), weight (V, D), labels (2B, T)) -> loss`, reference-free, sum over counted tokens and
-mean over pairs, so that all compute the same. Each has the settings that its documentation recommends, or says why it
-cannot run.
+An adapter is `(hidden (2B, T, D), weight (V, D), labels (2B, T), reference) -> loss`: sum over counted tokens and mean
+over pairs, so that all compute the same. The reference policy is None, or its (hidden, weight), whose log-probabilities
+the adapter computes, too. Each has the settings that its documentation recommends, or says why it cannot run.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +23,9 @@ from grpo_kernels.group_weights import GroupWeights
 from grpo_kernels.losses import LinearGroupRobustLoss
 
 BETA = 0.1
-Operation = Callable[[Tensor, Tensor, Tensor], Tensor]
+Reference = tuple[Tensor, Tensor] | None
+Operation = Callable[..., Tensor]  # (hidden, weight, labels, reference) -> loss
+LogpsOf = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -35,38 +38,50 @@ class Peer:
     build: Callable[[], Operation]
 
 
-def dpo(logps: Tensor) -> Tensor:
-    chosen, rejected = logps.chunk(2)
-    return -F.logsigmoid(BETA * (chosen - rejected)).mean()
+def dpo(logps_of: LogpsOf) -> Operation:
+    """From (hidden, weight, labels) -> (2B,) log-probabilities."""
+
+    def operation(hidden: Tensor, weight: Tensor, labels: Tensor, reference: Reference = None) -> Tensor:
+        ratios = logps_of(hidden, weight, labels)
+        if reference is not None:
+            with torch.no_grad():
+                ref_logps = logps_of(*reference, labels)
+            ratios = ratios - ref_logps
+        chosen, rejected = ratios.chunk(2)
+        return -F.logsigmoid(BETA * (chosen - rejected)).mean()
+
+    return operation
 
 
+@dpo
 def eager(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     """Unfused: whole logits, float32 log-softmax."""
     counted = labels != -100
     log_softmax = F.linear(hidden, weight).float().log_softmax(-1)
     logps = log_softmax.gather(-1, labels.clamp(min=0).unsqueeze(-1)).squeeze(-1)
-    return dpo((logps * counted).sum(-1))
+    return (logps * counted).sum(-1)
 
 
 def _linear_cross_entropy() -> Operation:
     options = torch.nn.LinearCrossEntropyOptions()  # chunked, chosen by PyTorch for device and dtype
 
-    def operation(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    def logps_of(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
         losses = F.linear_cross_entropy(
             hidden.flatten(0, 1), weight, labels.flatten(), reduction="none", ignore_index=-100, options=options
         )
-        return dpo(-losses.view(labels.shape).float().sum(-1))
+        return -losses.view(labels.shape).float().sum(-1)
 
-    return operation
+    return dpo(logps_of)
 
 
 def _liger_dpo() -> Operation:
     from liger_kernel.chunked_loss import LigerFusedLinearDPOLoss
 
-    loss_fn = LigerFusedLinearDPOLoss(beta=BETA, use_ref_model=False, compute_nll_loss=False)
-
-    def operation(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-        return loss_fn(weight, hidden, labels)[0]
+    def operation(hidden: Tensor, weight: Tensor, labels: Tensor, reference: Reference = None) -> Tensor:
+        loss_fn = LigerFusedLinearDPOLoss(beta=BETA, use_ref_model=reference is not None, compute_nll_loss=False)
+        if reference is None:
+            return loss_fn(weight, hidden, labels)[0]
+        return loss_fn(weight, hidden, labels, ref_input=reference[0], ref_weight=reference[1])[0]
 
     return operation
 
@@ -74,39 +89,37 @@ def _liger_dpo() -> Operation:
 def _trl() -> Operation:
     from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE, _ChunkedLogProbFunction
 
-    def operation(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    def logps_of(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
         # Only counted positions, as TRL does on GPUs; elsewhere it scores all of them.
         counted = labels != -100
         arguments = (1.0, _CHUNKED_LOGPROB_CHUNK_SIZE, None, 1.0, ())
         logps = _ChunkedLogProbFunction.apply(hidden[counted], weight, None, labels[counted], *arguments)[0]
-        return dpo(torch.zeros_like(labels, dtype=logps.dtype).masked_scatter(counted, logps).sum(-1))
+        return torch.zeros_like(labels, dtype=logps.dtype).masked_scatter(counted, logps).sum(-1)
 
-    return operation
+    return dpo(logps_of)
 
 
 def _cut_cross_entropy() -> Operation:
     from cut_cross_entropy import linear_cross_entropy
 
-    def operation(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    def logps_of(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
         losses = linear_cross_entropy(hidden, weight, labels, reduction="none", impl="cce_kahan_full_c")
-        return dpo(-losses.float().sum(-1))
+        return -losses.float().sum(-1)
 
-    return operation
+    return dpo(logps_of)
 
 
 def _ours(backend: str, max_extra_bytes: int) -> Operation:
-    loss_fn = LinearGroupRobustLoss(
-        GroupWeights(group_sizes=[1], step_size=0.0),
-        beta=BETA,
-        reference_free=True,
-        backend=backend,
-        max_extra_bytes=max_extra_bytes,
-    )
+    # Two groups whose weights move, but by nothing: the whole method's work, and plain DPO's result.
+    weights = GroupWeights(group_sizes=[1, 1], step_size=1e-9)
+    options: dict[str, Any] = {"beta": BETA, "backend": backend, "max_extra_bytes": max_extra_bytes}
 
-    def operation(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-        loss_fn.group_weights.to(hidden.device)
-        group_ids = torch.zeros(labels.shape[0] // 2, dtype=torch.int64, device=labels.device)
-        return loss_fn(hidden, weight, labels, group_ids).loss
+    def operation(hidden: Tensor, weight: Tensor, labels: Tensor, reference: Reference = None) -> Tensor:
+        weights.to(hidden.device)
+        group_ids = torch.arange(labels.shape[0] // 2, device=labels.device) % 2
+        loss_fn = LinearGroupRobustLoss(weights, reference_free=reference is None, **options)
+        ref_hidden, ref_weight = (None, None) if reference is None else reference
+        return loss_fn(hidden, weight, labels, group_ids, ref_hidden=ref_hidden, ref_weight=ref_weight).loss
 
     return operation
 
@@ -152,6 +165,6 @@ PEERS = (
     *(
         Peer(f"{backend}{suffix}", "groups, alpha, metrics", _backend(backend), partial(_ours, backend, kept))
         for backend in ("torch", "cpp", "triton", "cuda")
-        for suffix, kept in (("", MAX_EXTRA_BYTES), (", nothing kept", 0))
+        for suffix, kept in (("", MAX_EXTRA_BYTES), (", 20 MiB", 20 << 20))
     ),
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -79,6 +80,20 @@ def test_linear_records_and_picture(tmp_path: Path) -> None:
         assert record["peak_extra_mib"] >= 0
     (picture,) = bench_plots.draw(tmp_path / "cpu", tmp_path)
     assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_every_peer_computes_the_reference() -> None:
+    case = replace(LINEAR, reference=True)
+    able = [peer for peer in bench_peers.PEERS if peer.why_not("cpu") is None and peer.name != "torch.compile"]
+    assert {"eager", "torch", "torch, 20 MiB"} <= {peer.name for peer in able}
+    for peer in able:
+        assert bench_linear.gate(peer, case) < 1e-5
+    assert case.floor_flops == 8 * 4 * 18 * 16 * 300
+    wrong = bench_peers.Peer(
+        "no reference", "nothing", lambda device: None, lambda: lambda *x: bench_peers.eager(*x[:3])
+    )
+    with pytest.raises(ValueError, match="gradient error"):
+        bench_linear.gate(wrong, case)
 
 
 @pytest.mark.usefixtures("few_peers")

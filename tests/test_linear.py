@@ -159,7 +159,7 @@ def test_linear_plan_is_chosen_by_what_needs_gradients_and_fits(monkeypatch: pyt
 
     assert plan() == ("keep", 60, 3, 60 * row)
     assert plan(60 * row - 1)[0] == "recompute"  # a chunk takes all of it
-    assert plan(0) == ("recompute", 0, 4, row)
+    assert plan(0) == ("recompute", 0, 4, 60 * row), "chunks have 64 rows at least"
     assert plan(10**6, "recompute") == ("recompute", 0, 4, 60 * row)
     assert plan(weight=weight.detach()) == ("frozen", 0, 2, 60 * row + 60 * 4 * 4)
     monkeypatch.setattr(linear_plan, "CHUNK_ELEMENTS", 50 * 10)

@@ -26,6 +26,8 @@ PLANS = ("none", "frozen", "sweep", "keep", "recompute")
 
 # Logits of a chunk on a CPU: 32 MiB in float32, enough rows to keep the matrix products efficient.
 CHUNK_ELEMENTS = 1 << 23
+# However little memory there is: fewer rows read the weight once more for each.
+MIN_CHUNK_ROWS = 64
 # On a GPU fewer rows read the weight too often: a product of 2048 rows does 2048 flops for each of its bytes.
 GPU_CHUNK_ROWS = 2048
 
@@ -84,7 +86,7 @@ def shape_of(
 
 
 def possible_plans(shape: LinearShape, max_extra_bytes: int) -> Sequence[LinearPlan]:
-    """Every plan that fits; one that keeps nothing always does."""
+    """Every plan that fits; one that keeps nothing always may, with chunks as small as is sensible."""
     rows, row_bytes = shape.num_rows, shape.row_bytes
     chunk = _chunk_rows(shape, max_extra_bytes)
     if not any(shape.needs_grad):
@@ -135,7 +137,7 @@ def plan_of(shape: LinearShape, max_extra_bytes: int, name: str = "auto") -> Lin
 
 def _chunk_rows(shape: LinearShape, max_extra_bytes: int) -> int:
     rows = GPU_CHUNK_ROWS if shape.on_gpu else CHUNK_ELEMENTS // shape.vocab_size
-    return max(1, min(shape.num_rows, rows, max_extra_bytes // shape.row_bytes))
+    return max(1, min(shape.num_rows, rows, max(MIN_CHUNK_ROWS, max_extra_bytes // shape.row_bytes)))
 
 
 def _kept_rows(shape: LinearShape, chunk: int, max_extra_bytes: int) -> int:
