@@ -19,6 +19,8 @@ def parser() -> argparse.ArgumentParser:
     bench.add_argument("--quick", action="store_true", help="smaller shapes and fewer repetitions")
     doctor = commands.add_parser("doctor", help="show versions, devices and which backends are usable")
     doctor.add_argument("--kernels", action="store_true", help="compile the Triton kernels and report on the outcome")
+    doctor.add_argument("--linear", metavar="SxTxDxV", help="the linear path's plans for such a batch and head")
+    doctor.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"), help="for --linear")
     doctor.add_argument("--json", action="store_true", help="for programs")
     _add_reproduce(commands.add_parser("reproduce", help="the paper's bandit experiment and convergence, in a minute"))
     return top
@@ -85,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if name == "doctor":
             from grpo_kernels import doctor
 
-            return doctor.command(arguments["json"], arguments["kernels"])
+            return doctor.command(arguments["json"], arguments["kernels"], arguments["linear"], arguments["dtype"])
         if name == "bench":
             from grpo_kernels import bench
 

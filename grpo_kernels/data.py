@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gzip
 import json
+import warnings
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -62,7 +64,7 @@ def _numbered_lines(path: Path) -> Iterator[tuple[int, str]]:
                     yield number, line
         except UnicodeDecodeError as error:
             raise DataError(f"{path}:{number}: not UTF-8 ({error.reason})") from None
-        except (gzip.BadGzipFile, EOFError) as error:
+        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
             raise DataError(f"{path}:{number + 1}: not a whole gzip file ({error})") from None
 
 
@@ -84,6 +86,10 @@ def _pair_from(line: str) -> PreferencePair:
             raise ValueError(f"field {name!r} must be a string, got {type(record[name]).__name__}")
         if name != "prompt" and not record[name].strip():
             raise ValueError(f"field {name!r} must not be empty")
+        try:
+            record[name].encode()
+        except UnicodeEncodeError as error:  # an escape such as \\ud800 without its other half: no tokenizer takes it
+            raise ValueError(f"field {name!r} is not valid Unicode at character {error.start}") from None
     if record["chosen"] == record["rejected"]:
         raise ValueError("chosen and rejected are equal: the pair says nothing")
     return PreferencePair(*(record[name] for name in FIELDS))
@@ -160,18 +166,25 @@ def tokenize_pairs(
     max_length: int,
 ) -> list[TokenizedPair]:
     """Token ids, at most ``max_length`` a sequence: first the prompt loses its beginning, down to half, then answers
-    lose their end. An answer that is kept whole ends with ``eos_id``."""
+    lose their end. An answer that is kept whole ends with ``eos_id``. Warns of what was cut."""
     if max_length < 4:
         raise ValueError(f"max_length must be at least 4, got {max_length}")
     start = [] if bos_id is None else [bos_id]
-    tokenized = []
+    tokenized, shortened, equal = [], 0, 0
     for pair, group_id in zip(pairs, group_ids, strict=True):
         prompt = encode(pair.prompt)
         answers = [[*encode(text), eos_id] for text in (pair.chosen, pair.rejected)]
         room = max(max_length // 2, max_length - max(map(len, answers)))
-        prompt = start + prompt[max(0, len(prompt) - (room - len(start))) :]
-        chosen, rejected = (answer[: max_length - len(prompt)] for answer in answers)
-        tokenized.append(TokenizedPair(prompt, chosen, rejected, group_id))
+        kept = start + prompt[max(0, len(prompt) - (room - len(start))) :]
+        chosen, rejected = (answer[: max_length - len(kept)] for answer in answers)
+        shortened += [kept, chosen, rejected] != [start + prompt, *answers]
+        equal += chosen == rejected
+        tokenized.append(TokenizedPair(kept, chosen, rejected, group_id))
+    if shortened:
+        lost = f", and chosen and rejected of {equal} became equal, which teach nothing" if equal else ""
+        warnings.warn(
+            f"max_length={max_length} shortened {shortened} of {len(tokenized)} pairs{lost}", UserWarning, stacklevel=2
+        )
     return tokenized
 
 

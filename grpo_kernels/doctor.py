@@ -12,6 +12,8 @@ import torch
 
 from grpo_kernels import dispatch
 from grpo_kernels._version import __version__
+from grpo_kernels.functional import MAX_EXTRA_BYTES
+from grpo_kernels.kernels import linear_plan
 
 PACKAGES = ("torch", "triton", "numpy", "transformers", "tokenizers", "trl", "matplotlib", "rich")
 
@@ -56,9 +58,11 @@ def facts() -> dict[str, Any]:
     }
 
 
-def command(as_json: bool, kernels: bool = False) -> int:
+def command(as_json: bool, kernels: bool = False, linear: str | None = None, dtype: str = "bfloat16") -> int:
     if kernels:
         return _kernels(as_json)
+    if linear:
+        return _linear(linear, dtype, as_json)
     found = facts()
     if as_json:
         print(json.dumps(found, indent=2))
@@ -79,6 +83,49 @@ def command(as_json: bool, kernels: bool = False) -> int:
         print(f"  {name:10} {'usable' if not entry['not_usable_because'] else 'not usable'}: {entry['summary']}")
         for reason in entry["not_usable_because"]:
             print(f"             - {reason}")
+    return 0
+
+
+def linear_plans(sizes: str, dtype: str, on_gpu: bool) -> list[linear_plan.LinearPlan]:
+    """What LinearGroupRobustLoss can do with padded hidden states and a head of these sizes, the best first.
+
+    Args:
+        sizes: "SxTxDxV": sequences, positions, hidden size, vocabulary.
+
+    Raises:
+        ValueError: sizes are not four positive whole numbers.
+    """
+    numbers = [int(number) if number.isdecimal() else 0 for number in sizes.split("x")]
+    if len(numbers) != 4 or min(numbers) < 1:
+        raise ValueError(f"linear must be SEQUENCESxLENGTHxHIDDENxVOCABULARY, whole numbers, got {sizes!r}")
+    sequences, length, hidden_size, vocab_size = numbers
+    shape = linear_plan.LinearShape(
+        sequences * length,
+        hidden_size,
+        vocab_size,
+        getattr(torch, dtype).itemsize,
+        (True, True, False),
+        longest_pair=2 * length,
+        accumulators=2,
+        on_gpu=on_gpu,
+    )
+    plans = linear_plan.possible_plans(shape, MAX_EXTRA_BYTES)
+    return sorted(plans, key=lambda plan: (plan.products, plan.extra_bytes))
+
+
+def _linear(sizes: str, dtype: str, as_json: bool) -> int:
+    plans = linear_plans(sizes, dtype, torch.cuda.is_available())
+    if as_json:
+        print(json.dumps([dataclasses.asdict(plan) for plan in plans], indent=2))
+        return 0
+    device = "a GPU" if torch.cuda.is_available() else "a CPU"
+    print(f"plans of LinearGroupRobustLoss for {sizes}, {dtype}, on {device}, within {MAX_EXTRA_BYTES >> 20} MiB;")
+    print("the first is what plan='auto' takes:")
+    for plan in plans:
+        print(
+            f"  {plan.name:10} {plan.products:.3g} products, {plan.extra_bytes / 2**20:.0f} MiB beside the gradients, "
+            f"chunks of {plan.chunk_rows} tokens"
+        )
     return 0
 
 

@@ -336,7 +336,9 @@ def preference_losses(
     if margin is not None:
         validation.check_pair_vector("margin", margin, num_pairs, h.device)
         h = h - margin
-    losses = PairLossFunction.apply(h, beta, loss_type, label_smoothing)
+    losses = PairLossFunction.apply(
+        h, beta if isinstance(beta, Tensor) else float(beta), loss_type, float(label_smoothing)
+    )
     if weights is not None:
         validation.check_pair_vector("weights", weights, num_pairs, h.device)
         losses = losses * weights

@@ -458,6 +458,20 @@ class GroupWeights(nn.Module):
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
+        if not error_msgs and f"{prefix}log_alpha" in state_dict and not self.log_alpha.is_meta:
+            self._mend_log_alpha(error_msgs)
+
+    def _mend_log_alpha(self, error_msgs: list[str]) -> None:
+        """A checkpoint that was cast to bfloat16 has a rounded alpha: back onto the simplex. Far off it is refused."""
+        loaded = self.log_alpha.double()
+        off = float(loaded.logsumexp(-1))
+        if not abs(off) <= 0.05:
+            error_msgs.append(
+                f"log_alpha of the checkpoint must be weights on the simplex; they add up to {math.exp(off)}"
+            )
+            return
+        if abs(off) > 1e-9 or self.log_alpha.dtype != torch.float64:
+            self.log_alpha = loaded - loaded.logsumexp(-1)
 
 
 class _SharedReference:

@@ -55,9 +55,9 @@ class _GroupRobustLossBase(nn.Module):
         validation.check_beta(beta)
         validation.check_loss_options(loss_type, label_smoothing, PAIR_LOSSES)
         self.group_weights = group_weights
-        self.beta = beta
+        self.beta = float(beta)
         self.loss_type = loss_type
-        self.label_smoothing = label_smoothing
+        self.label_smoothing = float(label_smoothing)
         self.reference_free = reference_free
         self.average_log_prob = average_log_prob
         self.ignore_index = ignore_index
@@ -134,6 +134,7 @@ class _GroupRobustLossBase(nn.Module):
         margin: Tensor | None,
         weights: Tensor | None,
     ) -> None:
+        validation.check_weights_device(self.group_weights.log_alpha, device)
         validation.check_reference(self.reference_free, ref_logps)
         validation.check_ref_logps(ref_logps, 2 * num_pairs, device)
         validation.check_group_ids(group_ids, num_pairs, self.group_weights.num_groups, device)
@@ -245,8 +246,9 @@ class GroupRobustLoss(_GroupRobustLossBase):
             vocab_shard,
             self.context_group,
         )
-        whole_rows = vocab_shard is None and self.context_group is None
-        if entry.fuses_loss and self.group_weights.is_default_rule and whole_rows and total_pairs is None:
+        whole_rows = vocab_shard is None and self.context_group is None and total_pairs is None
+        known = self.group_weights.is_default_rule and PAIR_LOSSES[self.loss_type].fused
+        if entry.fuses_loss and known and whole_rows:
             beta = self.beta if beta is None else beta
             self._check_pairs(num_sequences // 2, logits.device, group_ids, ref_logps, beta, margin, weights)
             arguments = (logits, labels, group_ids, ref_logps, cu_seqlens, beta, margin, weights)

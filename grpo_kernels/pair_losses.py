@@ -18,12 +18,16 @@ Beta = float | Tensor
 
 @dataclass(frozen=True)
 class PairLoss:
-    """value(h, beta, e) and derivative(h, beta, e) are elementwise over h (B,)."""
+    """value(h, beta, e) and derivative(h, beta, e) are elementwise over h (B,).
+
+    ``fused``: kernels that compute the whole loss in one launch know it, too; otherwise it is computed after them.
+    """
 
     value: Callable[[Tensor, Beta, float], Tensor]
     derivative: Callable[[Tensor, Beta, float], Tensor]
     uses_label_smoothing: bool
     source: str
+    fused: bool = False
 
 
 def _sigmoid(h: Tensor, beta: Beta, e: float) -> Tensor:
@@ -69,17 +73,27 @@ PAIR_LOSSES: dict[str, PairLoss] = {
         _sigmoid_derivative,
         uses_label_smoothing=True,
         source="DPO, Rafailov et al. 2023, eq. 7; label smoothing: cDPO, Mitchell 2023",
+        fused=True,
     ),
     "ipo": PairLoss(
-        _ipo, _ipo_derivative, uses_label_smoothing=False, source="IPO, Gheshlaghi Azar et al. 2023, eq. 17"
+        _ipo,
+        _ipo_derivative,
+        uses_label_smoothing=False,
+        source="IPO, Gheshlaghi Azar et al. 2023, eq. 17",
+        fused=True,
     ),
     "hinge": PairLoss(
-        _hinge, _hinge_derivative, uses_label_smoothing=False, source="RSO / SLiC, Liu et al. 2023, eq. 11"
+        _hinge,
+        _hinge_derivative,
+        uses_label_smoothing=False,
+        source="RSO / SLiC, Liu et al. 2023, eq. 11",
+        fused=True,
     ),
     "robust": PairLoss(
         _robust,
         _robust_derivative,
         uses_label_smoothing=True,
         source="rDPO, Chowdhury et al. 2024, eq. 12",
+        fused=True,
     ),
 }

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import importlib.util
 import json
 import math
 import os
@@ -41,6 +42,7 @@ from grpo_kernels.losses import GroupRobustLoss
 from grpo_kernels.sampling import STRATEGIES, GroupBatchSampler
 from grpo_kernels.segments import segment_sum
 
+PACKAGES = ("transformers", "tokenizers", "rich", "matplotlib")
 WARMUP_SHARE = 0.1  # of a phase's steps, over which the learning rate rises linearly
 
 
@@ -129,6 +131,9 @@ def start(config: TrainConfig, resume: bool) -> dict[str, Any]:
         ValueError: the output folder holds a run already, or (with resume) does not, or its data file has changed.
         Interrupted: Ctrl-C or SIGTERM; run again with resume to go on.
     """
+    missing = [package for package in PACKAGES if importlib.util.find_spec(package) is None]
+    if missing:  # now, not when hours of training end with a picture
+        raise ImportError(f"train needs {', '.join(missing)}: pip install -c constraints.txt -e '.[train]'")
     if resume and config.out is None:
         raise ValueError("out must name the folder of the run to resume, got None")
     if resume and config != TrainConfig(out=config.out):
@@ -284,6 +289,7 @@ class TrainingJob:
                 "optimizer": optimizer.state_dict(),
                 "group_weights": weights.state_dict(),
                 "rng": torch.get_rng_state(),
+                "cuda_rng": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
                 "history": self.history,
                 "evaluations": evaluations,
                 "seconds": self.seconds,
@@ -344,6 +350,8 @@ class TrainingJob:
         optimizer.load_state_dict(state["optimizer"])
         weights.load_state_dict(state["group_weights"])
         torch.set_rng_state(state["rng"].cpu())
+        if self.device.type == "cuda":
+            torch.cuda.set_rng_state(state["cuda_rng"].cpu(), self.device)
         self.history = state["history"]
         self.seconds.update(state["seconds"])
         self._write_history(metrics)

@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Sequence
 from itertools import pairwise
+from numbers import Real
 from typing import Any
 
 import torch
@@ -25,6 +26,11 @@ def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
 
 
+def _is_real(value: Any) -> bool:
+    """True for NumPy's scalars, too. Dynamo cannot trace it, so plain numbers do not come here."""
+    return isinstance(value, Real)
+
+
 def check_number(
     name: str,
     value: Any,
@@ -35,7 +41,7 @@ def check_number(
     open_high: bool = False,
 ) -> None:
     """A finite real number in the interval; bool and tensors are refused."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if isinstance(value, bool) or not (isinstance(value, (int, float)) or _is_real(value)):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
     above = value > low if open_low else value >= low
     below = value < high if open_high else value <= high
@@ -69,6 +75,13 @@ def _check_device(name: str, value: Tensor, device: torch.device) -> None:
 def check_same_device(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
     if value.device != other.device:
         raise ValueError(f"{name} must be on {other_name}'s device {other.device}, got {value.device}")
+
+
+def check_weights_device(log_alpha: Tensor, device: torch.device) -> None:
+    if log_alpha.device != device:
+        raise ValueError(
+            f"group_weights must be on the batch's device {device}, got {log_alpha.device}: move the loss to it"
+        )
 
 
 def check_rows_and_labels(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import warnings
 from pathlib import Path
 
 import pytest
@@ -38,6 +39,7 @@ def test_jsonl_and_gz_are_read_alike(tmp_path: Path) -> None:
         (json.dumps({**GOOD, "group": 3}), "field 'group' must be a string, got int"),
         (json.dumps({**GOOD, "chosen": "  "}), "field 'chosen' must not be empty"),
         (json.dumps({**GOOD, "rejected": "yes"}), "chosen and rejected are equal"),
+        (json.dumps({**GOOD, "chosen": "ab\ud800"}), "field 'chosen' is not valid Unicode at character 2"),
     ],
 )
 def test_a_bad_line_is_named(tmp_path: Path, line: str, reason: str) -> None:
@@ -58,6 +60,11 @@ def test_bad_files(tmp_path: Path) -> None:
     cut = tmp_path / "cut.jsonl.gz"
     cut.write_bytes(gzip.compress(json.dumps(GOOD).encode() * 50)[:-12])
     with pytest.raises(data.DataError, match="not a whole gzip file"):
+        data.load_pairs(cut)
+    damaged = bytearray(gzip.compress(json.dumps(GOOD).encode() * 50, mtime=0))
+    damaged[12] ^= 0xFF
+    cut.write_bytes(bytes(damaged))
+    with pytest.raises(data.DataError, match=r"cut\.jsonl\.gz:1: not a whole gzip file"):
         data.load_pairs(cut)
     with pytest.raises(FileNotFoundError):
         data.load_pairs(tmp_path / "none.jsonl")
@@ -113,17 +120,29 @@ def test_tokenize_and_collate() -> None:
 
 def test_truncation_keeps_the_prompts_end_and_the_answers_beginning() -> None:
     pairs = [PreferencePair("0123456789", "abcdefghij", "k", "g")]
-    (long_both,) = data.tokenize_pairs(pairs, [0], encode, eos_id=1, max_length=8)
+    with pytest.warns(UserWarning, match="max_length=8 shortened 1 of 1 pairs$"):
+        (long_both,) = data.tokenize_pairs(pairs, [0], encode, eos_id=1, max_length=8)
     assert long_both.prompt == encode("6789")
     assert long_both.chosen == encode("abcd")
     assert long_both.rejected == [*encode("k"), 1]
-    (long_prompt,) = data.tokenize_pairs(
-        [PreferencePair("0123456789", "ab", "k", "g")], [0], encode, eos_id=1, max_length=8
-    )
+    with pytest.warns(UserWarning, match="shortened 1 of 1"):
+        (long_prompt,) = data.tokenize_pairs(
+            [PreferencePair("0123456789", "ab", "k", "g")], [0], encode, eos_id=1, max_length=8
+        )
     assert long_prompt.prompt == encode("56789")
     assert long_prompt.chosen == [*encode("ab"), 1]
     with pytest.raises(ValueError, match="max_length must be at least 4, got 3"):
         data.tokenize_pairs(pairs, [0], encode, eos_id=1, max_length=3)
+
+
+def test_truncation_that_takes_the_difference_is_told() -> None:
+    pairs = [PreferencePair("p", "abcdefghi", "abcdefghj", "g"), PreferencePair("p", "a", "b", "g")]
+    message = "max_length=6 shortened 1 of 2 pairs, and chosen and rejected of 1 became equal, which teach nothing"
+    with pytest.warns(UserWarning, match=message):
+        data.tokenize_pairs(pairs, [0, 0], encode, eos_id=1, max_length=6)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        data.tokenize_pairs(pairs, [0, 0], encode, eos_id=1, max_length=11)
 
 
 def test_embedded_task_is_what_it_says() -> None:

@@ -221,6 +221,26 @@ def test_state_round_trips_to_the_bit() -> None:
             assert torch.equal(copied.state_dict()[name], value), name
 
 
+@pytest.mark.parametrize("assign", [False, True])
+def test_a_rounded_checkpoint_is_put_back_onto_the_simplex(assign: bool) -> None:
+    weights = weights_with()
+    weights.update(*statistics([3.0, -8.0, 1.0], [0, 1, 2]))
+    rounded = {name: x.bfloat16() if x.is_floating_point() else x for name, x in weights.state_dict().items()}
+    other = weights_with()
+    other.load_state_dict(rounded, assign=assign)
+    assert other.log_alpha.dtype == torch.float64
+    assert float(other.alpha.sum()) == pytest.approx(1, abs=1e-14)
+    torch.testing.assert_close(other.alpha, weights.alpha, rtol=0.05, atol=0)
+
+
+@pytest.mark.parametrize("off", [0.1, -1.0, math.nan, -math.inf])
+def test_a_corrupt_alpha_is_refused(off: float) -> None:
+    state = weights_with().state_dict()
+    state["log_alpha"] = state["log_alpha"] + off
+    with pytest.raises(RuntimeError, match="log_alpha of the checkpoint must be weights on the simplex"):
+        weights_with().load_state_dict(state)
+
+
 def test_a_checkpoint_of_other_groups_is_refused() -> None:
     state = weights_with().state_dict()
     with pytest.raises(RuntimeError, match=r"group_sizes of the checkpoint \[60, 35, 5\] are not this module's"):

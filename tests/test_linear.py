@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,6 +13,7 @@ from test_sequence_logps import DTYPES, plain_logps, run
 from torch import Tensor
 
 import grpo_kernels as gk
+from grpo_kernels.__main__ import main
 from grpo_kernels.kernels import linear, linear_plan, torch_chunked
 
 
@@ -335,3 +338,18 @@ def test_linear_gradcheck(backend: str) -> None:
     assert torch.autograd.gradcheck(
         lambda h, w, b: gk.linear_sequence_logps(h, w, labels, bias=b, backend=backend), inputs
     )
+
+
+def test_doctor_shows_the_plans(capsys: pytest.CaptureFixture) -> None:
+    assert main(["doctor", "--linear", "8x512x512x32000", "--dtype", "float32", "--json"]) == 0
+    plans = json.loads(capsys.readouterr().out)
+    on_cpu = not torch.cuda.is_available()
+    assert [plan["name"] for plan in plans] == ["sweep", "keep", "recompute"]
+    if on_cpu:
+        assert plans[0]["extra_bytes"] == 4 * (2 * 512 * 32000 + 2 * 32000 * 512 + 4096 * 512)
+    assert main(["doctor", "--linear", "8x512x512x32000", "--dtype", "float32"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[2].split()[:3] == ["sweep", "3", "products,"]
+    for sizes in ("8x512x512", "8x512x512x0", "8x512xax5"):
+        assert main(["doctor", "--linear", sizes]) == 2
+        assert f"got '{sizes}'" in capsys.readouterr().err

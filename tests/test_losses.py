@@ -380,6 +380,26 @@ def test_int32_labels_and_ids(backend: str) -> None:
     assert torch.equal(a.loss, b.loss)
 
 
+def test_numbers_of_numpy() -> None:
+    numpy = pytest.importorskip("numpy")
+    logits, labels, ref = inputs()
+    sizes = numpy.array(SIZES)
+    weights = gk.GroupWeights(group_sizes=sizes, step_size=numpy.float32(0.5), floor=numpy.float64(0.1))
+    loss_fn = gk.GroupRobustLoss(weights, beta=numpy.float32(0.25), label_smoothing=numpy.float16(0.25))
+    plain = gk.GroupRobustLoss(
+        gk.GroupWeights(group_sizes=SIZES, step_size=0.5, floor=0.1), beta=0.25, label_smoothing=0.25
+    )
+    a, b = (fn(logits, labels, ids(), ref_logps=ref) for fn in (loss_fn, plain))
+    assert torch.equal(a.loss, b.loss)
+    assert torch.equal(a.alpha, b.alpha)
+
+
+def test_group_weights_on_another_device() -> None:
+    loss_fn, ref = make(), torch.zeros(8)
+    with pytest.raises(ValueError, match="group_weights must be on the batch's device meta, got cpu: move the loss"):
+        loss_fn.from_logps(ref.to("meta"), ids().to("meta"), ref.to("meta"))
+
+
 def test_two_losses_share_alpha() -> None:
     logits, labels, ref = inputs()
     weights = gk.GroupWeights(group_sizes=SIZES, step_size=0.3)

@@ -246,3 +246,10 @@ def test_resume_takes_no_other_options(tmp_path: Path) -> None:
         train.start(TrainConfig(out=str(tmp_path), steps=5), resume=True)
     with pytest.raises(ValueError, match="out must name the folder"):
         train.start(TrainConfig(), resume=True)
+
+
+def test_a_missing_package_is_told_before_anything_is_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(train, "PACKAGES", ("rich", "no_such_package"))
+    with pytest.raises(ImportError, match=r"train needs no_such_package: pip install .*\[train\]"):
+        train.start(train.TrainConfig(out=str(tmp_path / "run")), resume=False)
+    assert not (tmp_path / "run").exists()

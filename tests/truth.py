@@ -89,7 +89,8 @@ def group_robust(
     losses = [factor[g] * sum(v for v, i in zip(values, group_ids, strict=True) if i == g) for g in range(num_groups)]
     shares = [g for g in range(num_groups) if estimator == "importance" or counts[g]]
     mass = sum(alpha[g] for g in shares)
-    raw = {g: alpha[g] * math.exp(step_size * losses[g]) for g in shares}
+    largest = max(step_size * losses[g] for g in shares)
+    raw = {g: alpha[g] * math.exp(step_size * losses[g] - largest) for g in shares}
     new = [mass * raw[g] / sum(raw.values()) if g in raw else alpha[g] for g in range(num_groups)]
     return {
         "pair_losses": list(values),
