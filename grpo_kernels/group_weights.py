@@ -425,6 +425,12 @@ class GroupWeights(nn.Module):
         if not module.skipped_updates.is_meta:
             module._warn_if_skipped()
 
+    def _replicate_for_data_parallel(self) -> GroupWeights:
+        raise RuntimeError(
+            "torch.nn.DataParallel must not hold GroupWeights: it copies modules for each forward and drops the "
+            "copies, so alpha would never move. Use DistributedDataParallel, or keep the loss outside"
+        )
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> GroupWeights:
         """Follow moves between devices, but no dtype casts: ``model.bfloat16()`` must not round log alpha."""
         kept = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}

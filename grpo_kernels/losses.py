@@ -366,6 +366,12 @@ class LinearGroupRobustLoss(_GroupRobustLossBase):
         self.plan = plan
         self.accumulate_dtype = accumulate_dtype
 
+    def extra_repr(self) -> str:
+        return (
+            f"{super().extra_repr()}, logit_scale={self.logit_scale}, softcap={self.softcap}, plan={self.plan!r}, "
+            f"max_extra_bytes={self.max_extra_bytes}, accumulate_dtype={self.accumulate_dtype}"
+        )
+
     def forward(
         self,
         hidden: Tensor,
