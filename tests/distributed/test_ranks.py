@@ -1,4 +1,4 @@
-"""Exactness across ranks: the cases of cases.py under gloo with one, two and four processes.
+"""Exactness across ranks: the cases of cases.py and sharded_cases.py under gloo with one, two and four processes.
 
 Processes are dear to start, so all cases of a world size run in one start; each is a test of its own.
 """
@@ -23,6 +23,7 @@ WORLD_SIZES = (1, 2, 4)
 
 
 def worker(rank: int, world: int, folder: str) -> None:
+    import sharded_cases  # noqa: F401  (adds its cases)
     import torch.distributed as dist
     from cases import CASES
 
@@ -61,6 +62,7 @@ def results_of(world: int) -> list[dict[str, str]]:
 
 
 def case_names() -> list[str]:
+    import sharded_cases  # noqa: F401  (adds its cases)
     from cases import CASES
 
     return list(CASES)
