@@ -8,6 +8,7 @@ cannot run.
 from __future__ import annotations
 
 import importlib.util
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -33,6 +34,7 @@ class Peer:
     computes: str
     why_not: Callable[[str], str | None]
     build: Callable[[], Operation]
+    adapts: bool = False  # compiles or tunes itself at the first call with new shapes
 
 
 def dpo(logps: Tensor) -> Tensor:
@@ -67,6 +69,43 @@ def _liger_dpo() -> Operation:
 
     def operation(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
         return loss_fn(weight, hidden, labels)[0]
+
+    return operation
+
+
+def _liger_dpo_best() -> Operation:
+    """The fastest of several chunk sizes, found at the first call with a batch's shape. Its gradients come forward."""
+    from liger_kernel.chunked_loss import LigerFusedLinearDPOLoss
+
+    best: dict[torch.Size, Operation] = {}
+
+    def with_chunk(chunk_size: int) -> Operation:
+        loss_fn = LigerFusedLinearDPOLoss(beta=BETA, use_ref_model=False, compute_nll_loss=False, chunk_size=chunk_size)
+        return lambda hidden, weight, labels: loss_fn(weight, hidden, labels)[0]
+
+    def seconds(operation: Operation, inputs: tuple[Tensor, Tensor, Tensor]) -> float:
+        operation(*inputs)  # compiles
+        began = time.perf_counter()
+        operation(*inputs).item()
+        return time.perf_counter() - began
+
+    def operation(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+        if labels.shape not in best:
+            pairs = labels.shape[0] // 2
+            candidates = [with_chunk(size) for size in (1, 2, 4, 8) if size <= pairs]
+            best[labels.shape] = min(candidates, key=lambda one: seconds(one, (hidden, weight, labels)))
+        return best[labels.shape](hidden, weight, labels)
+
+    return operation
+
+
+def _flash_linear_attention() -> Operation:
+    from fla.modules import FusedLinearCrossEntropyLoss
+
+    loss_fn = FusedLinearCrossEntropyLoss(reduction="sum")  # it gives a sum only, so one call for each sequence
+
+    def operation(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+        return dpo(torch.stack([-loss_fn(h, y, weight) for h, y in zip(hidden, labels, strict=True)]))
 
     return operation
 
@@ -144,11 +183,13 @@ def _backend(name: str) -> Callable[[str], str | None]:
 
 PEERS = (
     Peer("eager", "anything", _always, lambda: eager),
-    Peer("torch.compile", "anything", _always, lambda: torch.compile(eager)),
+    Peer("torch.compile", "anything", _always, lambda: torch.compile(eager), adapts=True),
     Peer("torch linear_cross_entropy", "token losses", _needs_linear_cross_entropy, _linear_cross_entropy),
     Peer("Liger DPO", "reference, metrics", _needs("liger_kernel"), _liger_dpo),
+    Peer("Liger DPO, best chunk", "reference, metrics", _needs("liger_kernel"), _liger_dpo_best, adapts=True),
     Peer("TRL log-prob", "token log-probs, entropy", _needs("trl"), _trl),
     Peer("Cut Cross-Entropy", "token losses", _needs("cut_cross_entropy", gpu=True), _cut_cross_entropy),
+    Peer("flash-linear-attention", "mean loss", _needs("fla", gpu=True), _flash_linear_attention),
     *(
         Peer(f"{backend}{suffix}", "groups, alpha, metrics", _backend(backend), partial(_ours, backend, kept))
         for backend in ("torch", "cpp", "triton", "cuda")
