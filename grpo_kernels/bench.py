@@ -125,13 +125,15 @@ def gate(contender: Contender, case: Case) -> float:
     return error
 
 
-def measure_times(case: Case, repetitions: int) -> dict[str, list[tuple[float, float]]]:
+def measure_times(
+    case: Case, contenders: Sequence[Contender], repetitions: int
+) -> dict[str, list[tuple[float, float]]]:
     """(forward, backward) milliseconds of each contender, taken in turns so that a slow moment meets all.
 
     "copy" beside them is a plain copy of the logits.
     """
     logits, labels, group_ids, ref_logps = inputs_of(case)
-    operations = {contender.name: loss_and_gradient(contender, case) for contender in CONTENDERS}
+    operations = {contender.name: loss_and_gradient(contender, case) for contender in contenders}
     pristine = logits.clone()
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in (*operations, "copy")}
     for repetition in range(repetitions + 1):
@@ -176,16 +178,16 @@ def report_peak_memory() -> None:
     print((resident_kib("VmHWM") - before) / 1024)
 
 
-def _records_of(case: Case, repetitions: int) -> list[dict[str, Any]]:
-    errors = {contender.name: gate(contender, case) for contender in CONTENDERS}
-    times = measure_times(case, repetitions)
+def _records_of(case: Case, contenders: Sequence[Contender], repetitions: int) -> list[dict[str, Any]]:
+    errors = {contender.name: gate(contender, case) for contender in contenders}
+    times = measure_times(case, contenders, repetitions)
     floor = cost(case)["both"].bytes
     copy_bytes = 2 * case.num_sequences * case.length * case.vocab_size * getattr(torch, case.dtype).itemsize
     totals = {name: [sum(pair) for pair in pairs] for name, pairs in times.items()}
     copied = copy_bytes / median(totals["copy"]) / 1e6
-    baseline = median(totals[CONTENDERS[0].name])
+    baseline = median(totals[contenders[0].name])
     records = []
-    for contender in CONTENDERS:
+    for contender in contenders:
         middle = median(totals[contender.name])
         low, _, high = quantiles(totals[contender.name], n=4)
         records.append(
@@ -212,13 +214,15 @@ def _records_of(case: Case, repetitions: int) -> list[dict[str, Any]]:
     return records
 
 
-def run(cases: Sequence[Case | LinearCase], repetitions: int, out: Path) -> list[dict[str, Any]]:
-    """Measure, print a table, and write ``<out>/cpu/<case>.json``."""
+def run(cases: Sequence[Case | LinearCase], repetitions: int, out: Path, compiled: bool = True) -> list[dict[str, Any]]:
+    """Measure, print a table, and write ``<out>/cpu/<case>.json``; torch.compile costs a minute a case."""
     from rich.console import Console
 
     console, folder = Console(), out / "cpu"
     found = {**environment(), "copy_gbps": round(copy_gbps(), 2)}
     folder.mkdir(parents=True, exist_ok=True)
+    contenders = [one for one in CONTENDERS if compiled or not one.compiled]
+    peers = [one for one in bench_linear.PEERS if compiled or not one.adapts]
     all_records = []
     for case in cases:
         reason = why_not(case, available_bytes())
@@ -227,9 +231,9 @@ def run(cases: Sequence[Case | LinearCase], repetitions: int, out: Path) -> list
             continue
         with console.status(f"measuring {case.name}"):
             if isinstance(case, Case):
-                records = _records_of(case, repetitions)
+                records = _records_of(case, contenders, repetitions)
             else:  # a call takes seconds
-                records = bench_linear.records_of(case, min(repetitions, 5), found["copy_gbps"])
+                records = bench_linear.records_of(case, peers, min(repetitions, 5), found["copy_gbps"])
         console.print(_table(case.name, records))
         for record in records:
             if "not_measured_because" in record:
@@ -266,7 +270,7 @@ def command(out: str, quick: bool, names: Sequence[str] = (), plots_only: bool =
     if plots_only:
         cases = ()
     if cases:
-        run(cases, 5 if quick else 9, Path(out))
+        run(cases, 5 if quick else 9, Path(out), compiled=not quick)
     folder = Path(out) / "cpu"
     for picture in (*bench_plots.draw(folder, folder), *bench_plots.draw_summaries(folder, folder)):
         print(f"picture: {picture}")

@@ -139,10 +139,10 @@ def report_peak_memory() -> None:
     print((resident_kib("VmHWM") - before) / 1024)
 
 
-def records_of(case: LinearCase, repetitions: int, copy_gbps: float) -> list[dict[str, Any]]:
+def records_of(case: LinearCase, peers: Sequence[Peer], repetitions: int, copy_gbps: float) -> list[dict[str, Any]]:
     """A record for each peer; those that cannot run, or are wrong, say why and have no times."""
     records, able = [], []
-    for peer in PEERS:
+    for peer in peers:
         record: dict[str, Any] = {
             "op": "DPO from hidden states, forward + backward",
             "contender": peer.name,
