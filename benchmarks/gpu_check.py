@@ -22,6 +22,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,7 @@ def _python(*arguments: str) -> list[str]:
     return [sys.executable, *arguments]
 
 
+@cache
 def _needs_gpu() -> str | None:
     probe = "import torch, sys; sys.exit(not torch.cuda.is_available())"
     ran = subprocess.run(_python("-c", probe), capture_output=True, text=True, check=False, cwd=ROOT)

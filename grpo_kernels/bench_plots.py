@@ -75,11 +75,11 @@ def _median(record: dict[str, Any]) -> float:
 def _all_but(kind: str, case: dict[str, Any]) -> tuple:
     """What the cases of one curve have in common."""
     varying = {
-        "roofline": {"num_sequences", "length", "ignored", "num_groups"},
+        "roofline": {"num_sequences", "length"},
         "growth_tokens": {"num_sequences", "length"},
         "growth_groups": {"num_groups"},
     }[kind]
-    return tuple(sorted((name, value) for name, value in case.items() if name not in varying))
+    return tuple(sorted((name, value) for name, value in {"num_groups": 3, **case}.items() if name not in varying))
 
 
 def _curves(picture: Path, series: list, x_of: Any, y_of: Any, labels: tuple[str, str]) -> Path:
