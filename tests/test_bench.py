@@ -148,8 +148,8 @@ def test_many_groups_pass_the_gate() -> None:
 
 
 def test_machine_rates_and_operator_calls() -> None:
-    assert bench_machine.copy_gbps(2**20) > 0.01
-    assert bench_machine.matrix_gflops(torch.float32, 64) > 0.01
+    assert bench_machine.copy_gbps(2**20) > 0
+    assert bench_machine.matrix_gflops(torch.float32, 64) > 0
     x = torch.ones(2, 2)
     assert bench_machine.operator_calls(lambda: (x @ x).exp()) == 2  # aten::mm is inside matmul
 
