@@ -11,7 +11,7 @@ PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
 endif
 
-.PHONY: train test lint bench sanitize gpu-check clean
+.PHONY: train test lint bench plots sanitize gpu-check clean
 
 train: $(READY)
 	$(PY) -m grpo_kernels train --compare $(ARGS)
@@ -42,6 +42,10 @@ sanitize: $(READY)
 
 bench: $(READY)
 	$(PY) -m grpo_kernels bench $(ARGS)
+
+# The pictures of the records that are there.
+plots: $(READY)
+	$(PY) -m grpo_kernels bench --plots-only $(ARGS)
 
 # On a machine with an NVIDIA GPU, with the interpreter that has its torch and triton: installs nothing but WHEELS.
 gpu-check:

@@ -20,7 +20,9 @@ import torch
 from torch import Tensor
 
 from grpo_kernels import GroupRobustLoss, GroupWeights, backends
-from grpo_kernels.bench import GROUP_SIZES, Case, environment
+from grpo_kernels.bench import GROUP_SIZES
+from grpo_kernels.bench_cases import Case, cost
+from grpo_kernels.bench_machine import environment
 
 CASES = (
     Case(32, 512, 128_256, "bfloat16"),
@@ -100,15 +102,6 @@ def gate(loss_fn: Callable, case: Case, device: str) -> float:
     return error
 
 
-def floor_bytes(case: Case) -> dict[str, int]:
-    """What each pass must move: counted rows read once; then read and written, ignored rows' gradients written."""
-    row = case.vocab_size * getattr(torch, case.dtype).itemsize
-    rows = case.num_sequences * case.length
-    ignored = case.num_sequences * int(case.length * case.ignored)
-    forward, backward = row * (rows - ignored), row * (2 * (rows - ignored) + ignored)
-    return {"forward": forward, "backward": backward, "both": forward + backward}
-
-
 def measure(case: Case, device: str, repetitions: int) -> list[dict[str, Any]]:
     """A record for each contender that passes the gate and fits the memory; the others' say why they have no times."""
     logits, *rest = inputs_of(case, device)
@@ -152,7 +145,7 @@ def measure(case: Case, device: str, repetitions: int) -> list[dict[str, Any]]:
             logits.copy_(pristine)
     copy_gbps = 2 * logits.nbytes / median(copies) / 1e6 if copies else float("nan")
     for record in records:
-        for part, floor in floor_bytes(case).items():
+        for part, (floor, _) in cost(case).items():
             laps = [lap[part] for lap in times.get(record["contender"], [])]
             if laps:
                 low, middle, high = quantiles(laps, n=4) if len(laps) > 1 else laps * 3

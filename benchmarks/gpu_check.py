@@ -22,6 +22,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,7 @@ def _python(*arguments: str) -> list[str]:
     return [sys.executable, *arguments]
 
 
+@cache
 def _needs_gpu() -> str | None:
     probe = "import torch, sys; sys.exit(not torch.cuda.is_available())"
     ran = subprocess.run(_python("-c", probe), capture_output=True, text=True, check=False, cwd=ROOT)
@@ -116,9 +118,16 @@ def _sanitizer_summary(output: str) -> list[str]:
 STAGES = (
     Stage("facts", 30, lambda: [_python("-m", "grpo_kernels", "doctor", "--json")], _json_in),
     Stage("kernels", 60, lambda: [_python("-m", "grpo_kernels", "doctor", "--kernels", "--json")], _json_in),
-    Stage("tests", 200, _test_commands, _test_counts, _needs_gpu),
+    Stage("tests", 160, _test_commands, _test_counts, _needs_gpu),
     Stage("sanitize", 80, _sanitizer_commands, _sanitizer_summary, _needs_sanitizer),
-    Stage("bench", 110, lambda: [_python("benchmarks/gpu_bench.py", "--seconds", "80")], _json_in, _needs_gpu),
+    Stage("bench", 90, lambda: [_python("benchmarks/gpu_bench.py", "--seconds", "65")], _json_in, _needs_gpu),
+    Stage(
+        "bench_linear",
+        60,
+        lambda: [_python("benchmarks/gpu_bench_linear.py", "--seconds", "35")],
+        _json_in,
+        _needs_gpu,
+    ),
     Stage(
         "tune",
         50,
@@ -186,10 +195,11 @@ def summary(records: list[dict[str, Any]]) -> str:
             remark = json.dumps(record["found"])
         lines.append(f"| {record['stage']} | {record['outcome']} | {record['seconds']} | {remark} |")
     for record in records:
-        if record["stage"] == "bench" and record.get("found"):
+        if record["stage"] in ("bench", "bench_linear") and record.get("found"):
+            peak = "copy" if record["stage"] == "bench" else "matrix rate"
             lines += [
                 "",
-                "| case | contender | forward ms (of copy) | backward ms (of copy) |",
+                f"| case | contender | forward ms (of {peak}) | backward ms (of {peak}) |",
                 "| --- | --- | --- | --- |",
             ]
             lines += [_bench_line(one) for one in record["found"]["records"]]
@@ -198,14 +208,12 @@ def summary(records: list[dict[str, Any]]) -> str:
 
 def _bench_line(record: dict[str, Any]) -> str:
     case = record["case"]
-    name = (
-        f"{case['num_sequences']}x{case['length']}x{case['vocab_size']} {case['dtype']} ignored {case['ignored']:.0%}"
-    )
+    sizes = [case[name] for name in ("num_sequences", "length", "hidden_size", "vocab_size") if name in case]
+    name = f"{'x'.join(map(str, sizes))} {case['dtype']} ignored {case['ignored']:.0%}"
     if "both" not in record:
         return f"| {name} | {record['contender']} | {record.get('not_measured_because', '-')} | |"
-    cells = [
-        f"{record[part]['median_ms']} ({record[part]['fraction_of_copy']:.0%})" for part in ("forward", "backward")
-    ]
+    fraction = "fraction_of_copy" if "fraction_of_copy" in record["both"] else "fraction_of_matrix_rate"
+    cells = [f"{record[part]['median_ms']} ({record[part][fraction]:.0%})" for part in ("forward", "backward")]
     return f"| {name} | {record['contender']} | {' | '.join(cells)} |"
 
 

@@ -17,6 +17,8 @@ def parser() -> argparse.ArgumentParser:
     bench = commands.add_parser("bench", help="measure the backends against each other, leaving JSON records")
     bench.add_argument("--out", default="benchmarks/results", help="folder for the records (default: %(default)s)")
     bench.add_argument("--quick", action="store_true", help="smaller shapes and fewer repetitions")
+    bench.add_argument("--cases", nargs="+", default=(), help="names or patterns, such as 'linear/qwen2.5-7b/*'")
+    bench.add_argument("--plots-only", action="store_true", help="draw the pictures of the records that are there")
     doctor = commands.add_parser("doctor", help="show versions, devices and which backends are usable")
     doctor.add_argument("--kernels", action="store_true", help="compile the Triton kernels and report on the outcome")
     doctor.add_argument("--linear", metavar="SxTxDxV", help="the linear path's plans for such a batch and head")
@@ -91,7 +93,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if name == "bench":
             from grpo_kernels import bench
 
-            return bench.command(arguments["out"], arguments["quick"])
+            return bench.command(names=arguments.pop("cases"), **arguments)
         if name == "reproduce":
             from grpo_kernels import reproduce
 

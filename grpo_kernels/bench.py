@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median, quantiles
 from typing import TYPE_CHECKING, Any
@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 
 from grpo_kernels import bench_linear, dispatch, reference
-from grpo_kernels.bench_linear import LinearCase
-from grpo_kernels.bench_machine import environment, resident_kib
+from grpo_kernels.bench_cases import Case, LinearCase, cost, select, why_not
+from grpo_kernels.bench_machine import available_bytes, copy_gbps, environment, operator_calls, resident_kib
 from grpo_kernels.group_weights import GroupWeights
 from grpo_kernels.losses import GroupRobustLoss
 
@@ -33,27 +33,9 @@ if TYPE_CHECKING:
 GROUP_SIZES = [700, 220, 80]
 
 
-@dataclass(frozen=True)
-class Case:
-    """Logits of ``num_sequences`` x ``length`` x ``vocab_size``; the first ``ignored`` of each sequence is prompt."""
-
-    num_sequences: int
-    length: int
-    vocab_size: int
-    dtype: str
-    ignored: float = 0.0
-
-    @property
-    def name(self) -> str:
-        shape = f"{self.num_sequences}x{self.length}x{self.vocab_size}"
-        return f"logits_{shape}_{self.dtype}_ignored{round(100 * self.ignored)}"
-
-    @property
-    def floor_bytes(self) -> int:
-        """Counted rows are read once forward, read and written backward; ignored rows' gradients are written."""
-        row = self.vocab_size * getattr(torch, self.dtype).itemsize
-        prompt = self.num_sequences * int(self.length * self.ignored)
-        return row * (3 * (self.num_sequences * self.length - prompt) + prompt)
+def group_sizes(case: Case) -> list[int]:
+    """Of the data set: unequal, and one for each group."""
+    return [GROUP_SIZES[g % 3] for g in range(case.num_groups)]
 
 
 @dataclass(frozen=True)
@@ -61,6 +43,7 @@ class Contender:
     name: str
     backend: str
     inplace_backward: bool = False
+    compiled: bool = False
 
 
 # Those that this machine can run; the first is what the others are compared with.
@@ -68,6 +51,7 @@ CONTENDERS = tuple(
     contender
     for contender in (
         Contender("reference", "reference"),
+        Contender("torch.compile", "reference", compiled=True),
         Contender("torch", "torch"),
         Contender("torch in place", "torch", inplace_backward=True),
         Contender("cpp", "cpp"),
@@ -90,22 +74,30 @@ def inputs_of(case: Case) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     logits = torch.randn(*shape, case.vocab_size, generator=generator).to(getattr(torch, case.dtype))
     labels = torch.randint(0, case.vocab_size, shape, generator=generator)
     labels[:, : int(case.length * case.ignored)] = -100
-    group_ids = torch.arange(case.num_sequences // 2) % len(GROUP_SIZES)
+    group_ids = torch.arange(case.num_sequences // 2) % case.num_groups
     return logits, labels, group_ids, torch.zeros(case.num_sequences)
 
 
 def loss_and_gradient(contender: Contender, case: Case) -> Callable[[Tensor, Tensor, Tensor, Tensor], tuple]:
-    """The measured operation: (logits, ...) -> (loss, dlogits). In place, the logits hold the gradient afterwards."""
-    weights = GroupWeights(group_sizes=GROUP_SIZES, step_size=0.0)
-    loss_fn = GroupRobustLoss(
+    """The measured operation: (logits, ...) -> (loss, dlogits, seconds forward, seconds backward).
+
+    In place, the logits hold the gradient afterwards.
+    """
+    weights = GroupWeights(group_sizes=group_sizes(case), step_size=0.0)
+    loss_fn: Callable = GroupRobustLoss(
         weights, beta=0.01, inplace_backward=contender.inplace_backward, backend=contender.backend
     )
 
-    def operation(logits: Tensor, labels: Tensor, group_ids: Tensor, ref_logps: Tensor) -> tuple[Tensor, Tensor]:
+    if contender.compiled:
+        loss_fn = torch.compile(loss_fn)
+
+    def operation(logits: Tensor, labels: Tensor, group_ids: Tensor, ref_logps: Tensor) -> tuple:
         leaf = logits.detach().requires_grad_()
+        began = time.perf_counter()
         loss = loss_fn(leaf, labels, group_ids, ref_logps=ref_logps).loss
+        between = time.perf_counter()
         (dlogits,) = torch.autograd.grad(loss, leaf)
-        return loss.detach(), dlogits
+        return loss.detach(), dlogits, between - began, time.perf_counter() - between
 
     return operation
 
@@ -122,10 +114,10 @@ def gate(contender: Contender, case: Case) -> float:
     exact_logits = logits.double().requires_grad_()
     logps = reference.sequence_logps(exact_logits, labels, None, -100, False)
     losses = reference.pair_losses(reference.margins(logps, None), 0.01, "sigmoid")
-    sizes = torch.tensor(GROUP_SIZES)
-    exact_loss = reference.group_losses(losses, group_ids, 3, sizes, "importance").mean()
+    sizes = torch.tensor(group_sizes(case))
+    exact_loss = reference.group_losses(losses, group_ids, case.num_groups, sizes, "importance").mean()
     (exact,) = torch.autograd.grad(exact_loss, exact_logits)
-    loss, dlogits = loss_and_gradient(contender, case)(logits, labels, group_ids, ref_logps)
+    loss, dlogits, *_ = loss_and_gradient(contender, case)(logits, labels, group_ids, ref_logps)
     error = ((dlogits.double() - exact).abs().max() / exact.abs().max()).item()
     allowed = 4 * torch.finfo(logits.dtype).eps
     if error > allowed or abs(loss.item() - exact_loss.item()) > 1e-5 * abs(exact_loss.item()):
@@ -133,24 +125,35 @@ def gate(contender: Contender, case: Case) -> float:
     return error
 
 
-def measure_times(case: Case, repetitions: int) -> dict[str, list[float]]:
-    """Milliseconds of each contender and of a copy, taken in turns so that a slow moment of the machine meets all."""
+def measure_times(
+    case: Case, contenders: Sequence[Contender], repetitions: int
+) -> dict[str, list[tuple[float, float]]]:
+    """(forward, backward) milliseconds of each contender, taken in turns so that a slow moment meets all.
+
+    "copy" beside them is a plain copy of the logits.
+    """
     logits, labels, group_ids, ref_logps = inputs_of(case)
-    operations = {contender.name: loss_and_gradient(contender, case) for contender in CONTENDERS}
+    operations = {contender.name: loss_and_gradient(contender, case) for contender in contenders}
     pristine = logits.clone()
-    times: dict[str, list[float]] = {name: [] for name in (*operations, "copy")}
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in (*operations, "copy")}
     for repetition in range(repetitions + 1):
         for name, operation in operations.items():
-            began = time.perf_counter()
-            operation(logits, labels, group_ids, ref_logps)
-            elapsed = time.perf_counter() - began
+            *_, forward, backward = operation(logits, labels, group_ids, ref_logps)
             if repetition:  # the first warms up
-                times[name].append(1e3 * elapsed)
+                times[name].append((1e3 * forward, 1e3 * backward))
             began = time.perf_counter()
             logits.copy_(pristine)  # the machine's copy bandwidth, and the logits as they were
             if repetition:
-                times["copy"].append(1e3 * (time.perf_counter() - began))
+                times["copy"].append((1e3 * (time.perf_counter() - began), 0.0))
     return times
+
+
+def calls_of(contender: Contender, case: Case) -> int:
+    """Operators that one call runs, on few tokens: their number does not grow with the tokens of a chunk."""
+    few = replace(case, num_sequences=2, length=16)
+    operation, inputs = loss_and_gradient(contender, few), inputs_of(few)
+    operation(*inputs)
+    return operator_calls(lambda: operation(*inputs))
 
 
 def peak_extra_mib(contender: Contender, case: Case) -> float:
@@ -175,17 +178,18 @@ def report_peak_memory() -> None:
     print((resident_kib("VmHWM") - before) / 1024)
 
 
-def _records_of(case: Case, repetitions: int) -> list[dict[str, Any]]:
-    errors = {contender.name: gate(contender, case) for contender in CONTENDERS}
-    times = measure_times(case, repetitions)
-    floor = case.floor_bytes
+def _records_of(case: Case, contenders: Sequence[Contender], repetitions: int) -> list[dict[str, Any]]:
+    errors = {contender.name: gate(contender, case) for contender in contenders}
+    times = measure_times(case, contenders, repetitions)
+    floor = cost(case)["both"].bytes
     copy_bytes = 2 * case.num_sequences * case.length * case.vocab_size * getattr(torch, case.dtype).itemsize
-    copy_gbps = copy_bytes / median(times["copy"]) / 1e6
-    baseline = median(times[CONTENDERS[0].name])
+    totals = {name: [sum(pair) for pair in pairs] for name, pairs in times.items()}
+    copied = copy_bytes / median(totals["copy"]) / 1e6
+    baseline = median(totals[contenders[0].name])
     records = []
-    for contender in CONTENDERS:
-        middle = median(times[contender.name])
-        low, _, high = quantiles(times[contender.name], n=4)
+    for contender in contenders:
+        middle = median(totals[contender.name])
+        low, _, high = quantiles(totals[contender.name], n=4)
         records.append(
             {
                 "op": "GroupRobustLoss forward + backward",
@@ -198,8 +202,11 @@ def _records_of(case: Case, repetitions: int) -> list[dict[str, Any]]:
                 "times_faster_than_reference": round(baseline / middle, 2),
                 "floor_bytes": floor,
                 "gbps": round(floor / middle / 1e6, 2),
-                "copy_gbps": round(copy_gbps, 2),
-                "fraction_of_copy": round(floor / middle / 1e6 / copy_gbps, 3),
+                "copy_gbps": round(copied, 2),
+                "fraction_of_copy": round(floor / middle / 1e6 / copied, 3),
+                "fraction_of_roof": round(floor / middle / 1e6 / copied, 3),
+                **bench_linear.passes(times[contender.name]),
+                "operator_calls": calls_of(contender, case),
                 "peak_extra_mib": round(peak_extra_mib(contender, case), 1),
                 "gradient_error": errors[contender.name],
             }
@@ -207,19 +214,26 @@ def _records_of(case: Case, repetitions: int) -> list[dict[str, Any]]:
     return records
 
 
-def run(cases: Sequence[Case | LinearCase], repetitions: int, out: Path) -> list[dict[str, Any]]:
-    """Measure, print a table, and write ``<out>/cpu/<case>.json``."""
+def run(cases: Sequence[Case | LinearCase], repetitions: int, out: Path, compiled: bool = True) -> list[dict[str, Any]]:
+    """Measure, print a table, and write ``<out>/cpu/<case>.json``; torch.compile costs a minute a case."""
     from rich.console import Console
 
-    console, found, folder = Console(), environment(), out / "cpu"
+    console, folder = Console(), out / "cpu"
+    found = {**environment(), "copy_gbps": round(copy_gbps(), 2)}
     folder.mkdir(parents=True, exist_ok=True)
+    contenders = [one for one in CONTENDERS if compiled or not one.compiled]
+    peers = [one for one in bench_linear.PEERS if compiled or not one.adapts]
     all_records = []
     for case in cases:
+        reason = why_not(case, available_bytes())
+        if reason is not None:
+            console.print(f"{case.name}: not measured: {reason}", highlight=False)
+            continue
         with console.status(f"measuring {case.name}"):
             if isinstance(case, Case):
-                records = _records_of(case, repetitions)
+                records = _records_of(case, contenders, repetitions)
             else:  # a call takes seconds
-                records = bench_linear.records_of(case, min(repetitions, 5))
+                records = bench_linear.records_of(case, peers, min(repetitions, 5), found["copy_gbps"])
         console.print(_table(case.name, records))
         for record in records:
             if "not_measured_because" in record:
@@ -245,11 +259,19 @@ def _table(title: str, records: list[dict[str, Any]]) -> Table:
     return table
 
 
-def command(out: str, quick: bool) -> int:
+def command(out: str, quick: bool, names: Sequence[str] = (), plots_only: bool = False) -> int:
     from grpo_kernels import bench_plots
 
-    cases = (*QUICK_CASES, *bench_linear.QUICK_CASES) if quick else (*CASES, *bench_linear.CASES)
-    run(cases, 5 if quick else 9, Path(out))
-    for picture in bench_plots.draw(Path(out) / "cpu", Path(out) / "cpu"):
+    cases: Sequence[Case | LinearCase] = (*CASES, *bench_linear.CASES)
+    if names:
+        cases = tuple(select(names).values())
+    elif quick:
+        cases = (*QUICK_CASES, *bench_linear.QUICK_CASES)
+    if plots_only:
+        cases = ()
+    if cases:
+        run(cases, 5 if quick else 9, Path(out), compiled=not quick)
+    folder = Path(out) / "cpu"
+    for picture in (*bench_plots.draw(folder, folder), *bench_plots.draw_summaries(folder, folder)):
         print(f"picture: {picture}")
     return 0

@@ -12,7 +12,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
@@ -20,41 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grpo_kernels.bench_machine import resident_kib
+from grpo_kernels.bench_cases import LinearCase, cost
+from grpo_kernels.bench_machine import matrix_gflops, operator_calls, resident_kib
 from grpo_kernels.bench_peers import PEERS, Peer, Reference, dpo
-
-
-@dataclass(frozen=True)
-class LinearCase:
-    """Hidden states of ``num_sequences`` x ``length`` x ``hidden_size``; the first ``ignored`` of each is prompt.
-
-    With ``reference`` the reference policy's log-probabilities are computed, too, from hidden states and a head of its
-    own: without, the loss is reference-free.
-    """
-
-    num_sequences: int
-    length: int
-    hidden_size: int
-    vocab_size: int
-    dtype: str = "float32"
-    ignored: float = 0.0
-    reference: bool = False
-
-    @property
-    def name(self) -> str:
-        shape = f"{self.num_sequences}x{self.length}x{self.hidden_size}x{self.vocab_size}"
-        suffix = "_reference" if self.reference else ""
-        return f"linear_{shape}_{self.dtype}_ignored{round(100 * self.ignored)}{suffix}"
-
-    @property
-    def counted(self) -> int:
-        return self.num_sequences * (self.length - int(self.length * self.ignored))
-
-    @property
-    def floor_flops(self) -> int:
-        """Three products over counted tokens: logits, dhidden, dweight; a fourth for the reference's logits."""
-        return (8 if self.reference else 6) * self.counted * self.hidden_size * self.vocab_size
-
 
 CASES = (LinearCase(8, 512, 512, 32_000, ignored=0.5), LinearCase(8, 512, 512, 32_000, reference=True))
 QUICK_CASES = (LinearCase(4, 64, 128, 8_000),)
@@ -103,32 +72,48 @@ def gate(peer: Peer, case: LinearCase, device: str = "cpu") -> float:
     return max(errors)
 
 
-def step(operation: Any, inputs: tuple[Tensor, Tensor, Tensor, Reference]) -> None:
-    torch.autograd.grad(operation(*inputs), inputs[:2])
+def step(operation: Any, inputs: tuple[Tensor, Tensor, Tensor, Reference]) -> tuple[float, float]:
+    """(forward, backward) milliseconds."""
+    began = time.perf_counter()
+    loss = operation(*inputs)
+    between = time.perf_counter()
+    torch.autograd.grad(loss, inputs[:2])
+    return 1e3 * (between - began), 1e3 * (time.perf_counter() - between)
 
 
-def measure_times(case: LinearCase, peers: Sequence[Peer], repetitions: int) -> dict[str, list[float]]:
-    """Milliseconds of each, and of the bare products, taken in turns; the first two rounds warm up."""
+def passes(times: Sequence[tuple[float, float]]) -> dict[str, Any]:
+    """Median and quartiles of forward and of backward, as a record holds them."""
+    found: dict[str, Any] = {}
+    for part, laps in zip(("forward", "backward"), zip(*times, strict=True), strict=True):
+        low, middle, high = quantiles(laps, n=4)
+        found[f"{part}_ms"] = round(middle, 2)
+        found[f"{part}_iqr_ms"] = [round(low, 2), round(high, 2)]
+    return found
+
+
+def measure_times(case: LinearCase, peers: Sequence[Peer], repetitions: int) -> dict[str, list[tuple[float, float]]]:
+    """(forward, backward) milliseconds of each and of the bare products, in turns; the first two rounds warm up."""
     inputs = inputs_of(case)
     operations = {peer.name: peer.build() for peer in peers}
     hidden = inputs[0].detach()[inputs[2] != -100]
     weight, logits = inputs[1].detach(), torch.empty(case.counted, case.vocab_size, dtype=hidden.dtype)
     dhidden, dweight = torch.empty_like(hidden), torch.empty_like(weight)
 
-    def products() -> None:
+    def products() -> tuple[float, float]:
+        began = time.perf_counter()
         torch.mm(hidden, weight.t(), out=logits)
         if inputs[3] is not None:
             torch.mm(hidden, inputs[3][1].t(), out=logits)
         torch.mm(logits, weight, out=dhidden)
         torch.mm(logits.t(), hidden, out=dweight)
+        return 1e3 * (time.perf_counter() - began), 0.0
 
-    times: dict[str, list[float]] = {name: [] for name in (*operations, "products")}
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in (*operations, "products")}
     for repetition in range(repetitions + 2):
         for name in times:
-            began = time.perf_counter()
-            products() if name == "products" else step(operations[name], inputs)
+            laps = products() if name == "products" else step(operations[name], inputs)
             if repetition >= 2:
-                times[name].append(1e3 * (time.perf_counter() - began))
+                times[name].append(laps)
     return times
 
 
@@ -152,8 +137,8 @@ def report_peak_memory() -> None:
     operation = peer.build()
     small = replace(case, num_sequences=2, length=16)
     step(operation, inputs_of(small))  # loads libraries, starts threads, compiles
-    if peer.name == "torch.compile":
-        step(operation, inputs_of(case))  # compiles again for these shapes
+    if peer.adapts:
+        step(operation, inputs_of(case))  # compiles or tunes again for these shapes
     inputs = inputs_of(case)
     gc.collect()
     Path("/proc/self/clear_refs").write_text("5")  # sets the high-water mark back to what is resident now
@@ -162,10 +147,10 @@ def report_peak_memory() -> None:
     print((resident_kib("VmHWM") - before) / 1024)
 
 
-def records_of(case: LinearCase, repetitions: int) -> list[dict[str, Any]]:
+def records_of(case: LinearCase, peers: Sequence[Peer], repetitions: int, copy_gbps: float) -> list[dict[str, Any]]:
     """A record for each peer; those that cannot run, or are wrong, say why and have no times."""
     records, able = [], []
-    for peer in PEERS:
+    for peer in peers:
         record: dict[str, Any] = {
             "op": "DPO from hidden states, forward + backward",
             "contender": peer.name,
@@ -185,17 +170,27 @@ def records_of(case: LinearCase, repetitions: int) -> list[dict[str, Any]]:
         if reason is not None:
             record["not_measured_because"] = reason
     times = measure_times(case, able, repetitions)
-    bare = median(times["products"])
-    baseline = median(times["eager"])
+    totals = {name: [sum(pair) for pair in pairs] for name, pairs in times.items()}
+    bare, baseline = median(totals["products"]), median(totals["eager"])
+    floor, matrix_rate = cost(case)["both"], matrix_gflops(getattr(torch, case.dtype))
+    roof = floor.milliseconds(copy_gbps, matrix_rate)
+    few = inputs_of(replace(case, num_sequences=2, length=16))
     by_name = {record["contender"]: record for record in records}
     for peer in able:
-        low, middle, high = quantiles(times[peer.name], n=4)
+        low, middle, high = quantiles(totals[peer.name], n=4)
+        operation = peer.build()
+        step(operation, few)  # compiles
         by_name[peer.name].update(
             median_ms=round(middle, 2),
             iqr_ms=[round(low, 2), round(high, 2)],
             repetitions=repetitions,
             times_faster_than_reference=round(baseline / middle, 2),
-            floor_flops=case.floor_flops,
+            floor_flops=floor.flops,
+            floor_bytes=floor.bytes,
+            matrix_gflops=round(matrix_rate, 1),
+            fraction_of_roof=round(roof / middle, 3),
+            **passes(times[peer.name]),
+            operator_calls=operator_calls(partial(step, operation, few)),
             times_bare_products=round(middle / bare, 3),
             bare_products_ms=round(bare, 2),
             peak_extra_mib=round(peak_extra_mib(peer, case), 1),

@@ -8,6 +8,7 @@ the adapter computes, too. Each has the settings that its documentation recommen
 from __future__ import annotations
 
 import importlib.util
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -36,6 +37,7 @@ class Peer:
     computes: str
     why_not: Callable[[str], str | None]
     build: Callable[[], Operation]
+    adapts: bool = False  # compiles or tunes itself at the first call with new shapes
 
 
 def dpo(logps_of: LogpsOf) -> Operation:
@@ -74,16 +76,49 @@ def _linear_cross_entropy() -> Operation:
     return dpo(logps_of)
 
 
-def _liger_dpo() -> Operation:
+def _liger_dpo(chunk_size: int = 1) -> Operation:
     from liger_kernel.chunked_loss import LigerFusedLinearDPOLoss
 
+    options = {"beta": BETA, "compute_nll_loss": False, "chunk_size": chunk_size}
+
     def operation(hidden: Tensor, weight: Tensor, labels: Tensor, reference: Reference = None) -> Tensor:
-        loss_fn = LigerFusedLinearDPOLoss(beta=BETA, use_ref_model=reference is not None, compute_nll_loss=False)
+        loss_fn = LigerFusedLinearDPOLoss(use_ref_model=reference is not None, **options)
         if reference is None:
             return loss_fn(weight, hidden, labels)[0]
         return loss_fn(weight, hidden, labels, ref_input=reference[0], ref_weight=reference[1])[0]
 
     return operation
+
+
+def _liger_dpo_best() -> Operation:
+    """The fastest of several chunk sizes, found at the first call with a batch's shape. Its gradients come forward."""
+    best: dict[torch.Size, Operation] = {}
+
+    def seconds(operation: Operation, inputs: tuple[Any, ...]) -> float:
+        operation(*inputs)  # compiles
+        began = time.perf_counter()
+        operation(*inputs).item()
+        return time.perf_counter() - began
+
+    def operation(hidden: Tensor, weight: Tensor, labels: Tensor, reference: Reference = None) -> Tensor:
+        inputs = (hidden, weight, labels, reference)
+        if labels.shape not in best:
+            candidates = [_liger_dpo(size) for size in (1, 2, 4, 8) if size <= labels.shape[0] // 2]
+            best[labels.shape] = min(candidates, key=lambda one: seconds(one, inputs))
+        return best[labels.shape](*inputs)
+
+    return operation
+
+
+def _flash_linear_attention() -> Operation:
+    from fla.modules import FusedLinearCrossEntropyLoss
+
+    loss_fn = FusedLinearCrossEntropyLoss(reduction="sum")  # it gives a sum only, so one call for each sequence
+
+    def logps_of(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+        return torch.stack([-loss_fn(h, y, weight) for h, y in zip(hidden, labels, strict=True)])
+
+    return dpo(logps_of)
 
 
 def _trl() -> Operation:
@@ -157,11 +192,13 @@ def _backend(name: str) -> Callable[[str], str | None]:
 
 PEERS = (
     Peer("eager", "anything", _always, lambda: eager),
-    Peer("torch.compile", "anything", _always, lambda: torch.compile(eager)),
+    Peer("torch.compile", "anything", _always, lambda: torch.compile(eager), adapts=True),
     Peer("torch linear_cross_entropy", "token losses", _needs_linear_cross_entropy, _linear_cross_entropy),
     Peer("Liger DPO", "reference, metrics", _needs("liger_kernel"), _liger_dpo),
+    Peer("Liger DPO, best chunk", "reference, metrics", _needs("liger_kernel"), _liger_dpo_best, adapts=True),
     Peer("TRL log-prob", "token log-probs, entropy", _needs("trl"), _trl),
     Peer("Cut Cross-Entropy", "token losses", _needs("cut_cross_entropy", gpu=True), _cut_cross_entropy),
+    Peer("flash-linear-attention", "mean loss", _needs("fla", gpu=True), _flash_linear_attention),
     *(
         Peer(f"{backend}{suffix}", "groups, alpha, metrics", _backend(backend), partial(_ours, backend, kept))
         for backend in ("torch", "cpp", "triton", "cuda")

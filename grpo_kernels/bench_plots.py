@@ -1,4 +1,4 @@
-"""Pictures of benchmark records: time and memory as bars, one picture for each case."""
+"""Pictures of benchmark records: bars of time and memory for each case, the roofline, and growth over cases."""
 
 from __future__ import annotations
 
@@ -18,6 +18,102 @@ def draw(records_folder: Path, out: Path) -> list[Path]:
         if any("median_ms" in record for record in found["records"]):
             pictures.append(_bars(path.stem, found, out / f"{path.stem}.png"))
     return pictures
+
+
+def draw_summaries(records_folder: Path, out: Path) -> list[Path]:
+    """Pictures over all records of a folder: the roofline of a path, and growth where two cases differ in one thing."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    files = [json.loads(path.read_text()) for path in sorted(records_folder.glob("*.json"))]
+    pictures = []
+    for path_name in ("logits", "linear"):
+        own = [(found, r) for found in files for r in found["records"] if "median_ms" in r and _path(r) == path_name]
+        curves = {
+            "roofline": ("tokens counted", _counted, "fraction of the measured peak", _fraction, lambda r: True),
+            "growth_tokens": ("tokens", _tokens, "ms, forward + backward", _median, lambda r: _groups(r) == 3),
+            "growth_groups": ("groups (K)", _groups, "ms, forward + backward", _median, lambda r: True),
+        }
+        for kind, (x_label, x_of, y_label, y_of, keep) in curves.items():
+            groups: dict[Any, list[tuple[dict, dict]]] = {}
+            for found, record in own:
+                if keep(record) and y_of(record) is not None:
+                    groups.setdefault(_all_but(kind, record["case"]), []).append((found, record))
+            enough = 1 if kind == "roofline" else 2
+            series = max(groups.values(), key=lambda some: len({x_of(r) for _, r in some}), default=[])
+            if len({x_of(record) for _, record in series}) >= enough:
+                picture = out / f"{path_name}_{kind}.png"
+                pictures.append(_curves(picture, series, x_of, y_of, (x_label, y_label)))
+    return pictures
+
+
+def _path(record: dict[str, Any]) -> str:
+    return "linear" if "hidden_size" in record["case"] else "logits"
+
+
+def _tokens(record: dict[str, Any]) -> int:
+    return record["case"]["num_sequences"] * record["case"]["length"]
+
+
+def _counted(record: dict[str, Any]) -> int:
+    case = record["case"]
+    return case["num_sequences"] * (case["length"] - int(case["length"] * case["ignored"]))
+
+
+def _groups(record: dict[str, Any]) -> int:
+    return record["case"].get("num_groups", 3)
+
+
+def _fraction(record: dict[str, Any]) -> float | None:
+    return record.get("fraction_of_roof", record.get("fraction_of_copy"))
+
+
+def _median(record: dict[str, Any]) -> float:
+    return record["median_ms"]
+
+
+def _all_but(kind: str, case: dict[str, Any]) -> tuple:
+    """What the cases of one curve have in common."""
+    varying = {
+        "roofline": {"num_sequences", "length"},
+        "growth_tokens": {"num_sequences", "length"},
+        "growth_groups": {"num_groups"},
+    }[kind]
+    return tuple(sorted((name, value) for name, value in {"num_groups": 3, **case}.items() if name not in varying))
+
+
+def _curves(picture: Path, series: list, x_of: Any, y_of: Any, labels: tuple[str, str]) -> Path:
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    lines: dict[str, list[tuple[float, float]]] = {}
+    for _, record in series:
+        lines.setdefault(record["contender"], []).append((x_of(record), y_of(record)))
+    for number, (name, points) in enumerate(lines.items()):
+        points.sort()
+        style = "--" if number >= 10 else "-"  # matplotlib's colours begin again
+        axes.plot(*zip(*points, strict=True), style, marker="o", markersize=4, label=name)
+    axes.set_xscale("log", base=2)
+    if y_of is _fraction:
+        axes.axhline(1.0, color="tab:red", linewidth=1)
+        axes.set_ylim(bottom=0)
+    else:
+        axes.set_yscale("log")
+    axes.set(xlabel=labels[0], ylabel=labels[1])
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside right upper", fontsize=8, frameon=False)
+    found, record = series[0]
+    width = f"D {record['case']['hidden_size']}, " if "hidden_size" in record["case"] else ""
+    dates = sorted({found["date"] for found, _ in series})
+    commits = ", ".join(sorted({str(found["commit"]) for found, _ in series}))
+    figure.suptitle(
+        f"{_path(record)} path, {width}V {record['case']['vocab_size']}, {record['case']['dtype']}\n"
+        f"{found['device']}, torch {found['torch']}, {dates[-1]}, commit {commits}",
+        fontsize=9,
+    )
+    figure.savefig(picture, dpi=110)
+    plt.close(figure)
+    return picture
 
 
 def _bars(name: str, found: dict[str, Any], picture: Path) -> Path:

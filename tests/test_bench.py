@@ -9,8 +9,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from grpo_kernels import bench, bench_linear, bench_peers, bench_plots
+from grpo_kernels import bench, bench_cases, bench_linear, bench_machine, bench_peers, bench_plots
 from grpo_kernels.kernels import torch_chunked
+
+
+@pytest.fixture(autouse=True)
+def nothing_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.compile takes a minute."""
+    monkeypatch.setattr(bench, "CONTENDERS", tuple(one for one in bench.CONTENDERS if not one.compiled))
+
 
 SMALL = bench.Case(4, 40, 500, "float32", ignored=0.25)
 
@@ -25,6 +32,10 @@ def test_records(tmp_path: Path) -> None:
         low, high = record["iqr_ms"]
         assert 0 < low <= record["median_ms"] <= high
         assert record["floor_bytes"] == 4 * 500 * 4 * (3 * 30 + 10)
+        assert 0 < record["forward_ms"] < high
+        assert 0 < record["backward_ms"] < high
+    calls = {record["contender"]: record["operator_calls"] for record in records}
+    assert calls["reference"] > calls["torch"] > 5
 
 
 def test_a_wrong_gradient_writes_no_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -88,7 +99,7 @@ def test_every_peer_computes_the_reference() -> None:
     assert {"eager", "torch", "torch, 20 MiB"} <= {peer.name for peer in able}
     for peer in able:
         assert bench_linear.gate(peer, case) < 1e-5
-    assert case.floor_flops == 8 * 4 * 18 * 16 * 300
+    assert bench_cases.cost(case)["both"].flops == 8 * 4 * 18 * 16 * 300
     wrong = bench_peers.Peer(
         "no reference", "nothing", lambda device: None, lambda: lambda *x: bench_peers.eager(*x[:3])
     )
@@ -117,3 +128,56 @@ def test_a_wrong_peer_has_no_times(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert "median_ms" in records[0]
     assert "gradient error" in records[1]["not_measured_because"]
     assert "median_ms" not in records[1]
+
+
+def test_cost_counts_only_what_counts() -> None:
+    linear = bench_cases.cost(bench_cases.LinearCase(4, 10, 8, 100, ignored=0.5))
+    assert [linear[part].flops for part in ("forward", "backward", "both")] == [32000, 64000, 96000]
+    assert linear["forward"].bytes == (20 + 100) * 8 * 4
+    logits = bench_cases.cost(bench_cases.Case(4, 10, 100, "bfloat16", ignored=0.5))
+    assert [logits[part].bytes for part in ("forward", "backward", "both")] == [4000, 12000, 16000]
+    assert bench_cases.Cost(3_000_000, 8_000_000).milliseconds(copy_gbps=1, matrix_gflops=2) == 4
+
+
+def test_cases_by_name() -> None:
+    chosen = bench_cases.select(["linear/gemma-2-2b/ignored*", "logits/llama-3-70b/groups1000000"])
+    assert {case.ignored for name, case in chosen.items() if name.startswith("linear")} == {0.0, 0.5, 0.9}
+    assert chosen["logits/llama-3-70b/groups1000000"].num_groups == 1_000_000
+    assert len({case.name for case in bench_cases.NAMED.values()}) >= 60
+    with pytest.raises(ValueError, match="no case is named 'lgits/"):
+        bench_cases.select(["lgits/*"])
+
+
+def test_a_case_that_does_not_fit_is_skipped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(bench, "available_bytes", lambda: 1000)
+    assert bench.run([SMALL], 3, tmp_path) == []
+    assert "GiB of memory" in capsys.readouterr().out
+    assert not list(tmp_path.rglob("*.json"))
+
+
+def test_many_groups_pass_the_gate() -> None:
+    case = bench.Case(4, 32, 100, "float32", num_groups=1_000_000)
+    assert bench.gate(bench.Contender("torch", "torch"), case) < 1e-6
+
+
+def test_machine_rates_and_operator_calls() -> None:
+    assert bench_machine.copy_gbps(2**20) > 0
+    assert bench_machine.matrix_gflops(torch.float32, 64) > 0
+    x = torch.ones(2, 2)
+    assert bench_machine.operator_calls(lambda: (x @ x).exp()) == 2  # aten::mm is inside matmul
+
+
+def test_growth_and_roofline(tmp_path: Path) -> None:
+    """Pictures over records of several cases, one thing varying in each."""
+    record = {"contender": "torch", "median_ms": 1.0, "fraction_of_roof": 0.5}
+    common = {"device": "d", "torch": "2", "date": "2026-01-01", "commit": "c"}
+    for length, groups in ((8, 3), (16, 3), (8, 32)):
+        case = {"num_sequences": 2, "length": length, "vocab_size": 9, "dtype": "float32", "ignored": 0.0}
+        records = [{**record, "case": {**case, "num_groups": groups}}]
+        (tmp_path / f"{length}_{groups}.json").write_text(json.dumps({**common, "records": records}))
+    pictures = bench_plots.draw_summaries(tmp_path, tmp_path)
+    names = ["logits_roofline.png", "logits_growth_tokens.png", "logits_growth_groups.png"]
+    assert [picture.name for picture in pictures] == names
+    assert all(picture.read_bytes().startswith(b"\x89PNG") for picture in pictures)

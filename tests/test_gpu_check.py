@@ -5,9 +5,9 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
-import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
@@ -33,21 +33,19 @@ def test_limits_add_up_to_nine_minutes() -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU this is the real thing: make gpu-check")
-def test_dry_run(tmp_path: Path) -> None:
-    stages = "facts,tests,sanitize,bench,tune"
-    ran = subprocess.run(
-        [sys.executable, "benchmarks/gpu_check.py", "--out", str(tmp_path), "--stages", stages],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert ran.returncode == 0, ran.stderr
+def test_dry_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every stage; compiling all kernels is cut short here, since test_triton.py compiles them."""
+    stages = [replace(one, limit=3) if one.name == "kernels" else one for one in gpu_check.STAGES]
+    monkeypatch.setattr(gpu_check, "STAGES", stages)
+    monkeypatch.setattr(sys, "argv", ["gpu_check.py", "--out", str(tmp_path)])
+    code = gpu_check.main()
     records = {path.stem: json.loads(path.read_text()) for path in tmp_path.glob("*.json")}
-    assert set(records) == set(stages.split(","))
+    assert set(records) == {stage.name for stage in stages}
+    assert records["kernels"]["outcome"] in ("passed", "out of time")
+    assert code == int(records["kernels"]["outcome"] != "passed")
     assert records["facts"]["outcome"] == "passed"
     assert "triton" in records["facts"]["found"]["backends"]
-    for name in ("tests", "sanitize", "bench", "tune"):
+    for name in set(records) - {"facts", "kernels"}:
         assert records[name]["outcome"] == "skipped"
         assert records[name]["reason"] == "there is no CUDA device"
     assert "| bench | skipped | 0.0 | there is no CUDA device |" in (tmp_path / "summary.md").read_text()
@@ -102,6 +100,21 @@ def test_benchmark_rehearsal() -> None:
             assert math.isfinite(record[part]["fraction_of_copy"])
         assert record["gradient_error"] < 1e-6
         assert gpu_check._bench_line({**record}).count("|") == 5
+
+
+def test_linear_benchmark_rehearsal(monkeypatch: pytest.MonkeyPatch) -> None:
+    linear = load("gpu_bench_linear")
+    some = [peer for peer in linear.PEERS if peer.name in ("eager", "torch", "Cut Cross-Entropy")]
+    monkeypatch.setattr(linear, "PEERS", some)
+    by_name = {record["contender"]: record for record in linear.measure(linear.REHEARSAL[0], "cpu", 3)}
+    assert by_name["Cut Cross-Entropy"]["not_measured_because"] == "its kernels run on NVIDIA GPUs only"
+    assert "NVIDIA" in gpu_check._bench_line(by_name["Cut Cross-Entropy"])
+    for name in ("eager", "torch"):
+        record = by_name[name]
+        assert record["both"]["floor_flops"] == 6 * 4 * 8 * 16 * 200
+        assert record["both"]["floor_flops"] == sum(record[part]["floor_flops"] for part in ("forward", "backward"))
+        assert record["operator_calls"] > 5
+        assert "4x8x16x200" in gpu_check._bench_line(record)
 
 
 def test_benchmark_refuses_a_wrong_gradient() -> None:
