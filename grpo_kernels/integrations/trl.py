@@ -99,7 +99,9 @@ class GroupRobustDPOConfig(DPOConfig):  # type: ignore[misc]
     )
     fused_linear: bool | None = field(
         default=None,
-        metadata={"help": "Never hold the logits. By default where the model allows it; True raises where it does not."},
+        metadata={
+            "help": "Never hold the logits. By default where the model allows it; True raises where it does not."
+        },
     )
     backend: str = field(default="auto", metadata={"help": "Backend of grpo_kernels."})
 
@@ -171,9 +173,7 @@ class GroupRobustDPOTrainer(DPOTrainer):  # type: ignore[misc]
         prepared = self._each(eval_dataset, self._with_group_ids)
         self._head: hf.Head | None = None
         self._head_known = False
-        super().__init__(
-            model, ref_model, args, data_collator, self._with_group_ids(train_dataset), prepared, **kwargs
-        )
+        super().__init__(model, ref_model, args, data_collator, self._with_group_ids(train_dataset), prepared, **kwargs)
         self._check_setup()
         self.data_collator = _WithGroupIds(self.data_collator)
         self.group_weights = GroupWeights(
@@ -326,7 +326,9 @@ class GroupRobustDPOTrainer(DPOTrainer):  # type: ignore[misc]
             return
         path = os.path.join(checkpoint, STATE_FILE)
         if not os.path.isfile(path):
-            raise ValueError(f"the checkpoint must hold {STATE_FILE}, {checkpoint!r} does not: TRL's own trainer wrote it")
+            raise ValueError(
+                f"the checkpoint must hold {STATE_FILE}, {checkpoint!r} does not: TRL's own trainer wrote it"
+            )
         saved = torch.load(path, weights_only=True, map_location=self.accelerator.device)
         if saved["group_names"] != self.group_names:
             raise ValueError(f"the checkpoint's groups {saved['group_names']} are not the data's {self.group_names}")
