@@ -240,13 +240,13 @@ def test_accumulation_is_one_large_batch(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_resumed_is_uninterrupted(tmp_path: Path, accumulation: int) -> None:
-    options = {"save_strategy": "steps", "save_steps": 3, "gradient_accumulation_steps": accumulation}
+    options = {"save_strategy": "steps", "save_steps": 2, "gradient_accumulation_steps": accumulation}
     whole = trainer(tmp_path / "whole", **options)
     whole.train()
     again = trainer(tmp_path / "again", **options)
-    again.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))
+    again.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
     assert torch.equal(whole.group_weights.log_alpha, again.group_weights.log_alpha)
-    assert abs(steps(whole, "groups/usual/alpha")[2] - 1 / 3) > 0.05, "alpha is not uniform at the stop"
+    assert abs(steps(whole, "groups/usual/alpha")[1] - 1 / 3) > 0.05, "alpha is not uniform at the stop"
     assert steps(again, "loss") == steps(whole, "loss")
     for name, value in parameters(whole).items():
         assert torch.equal(value, parameters(again)[name]), name
@@ -372,7 +372,8 @@ def results_of_cases(world: int, folder: str) -> dict[str, dict[str, Any]]:
     results = {}
     for name, options in CASES.items():
         options = {**options, "per_device_train_batch_size": options["per_device_train_batch_size"] // world}
-        of = trainer(Path(folder) / name, eval_data=pairs(7, 100), ddp_backend="gloo", **options)
+        options["ddp_backend"] = "gloo" if world > 1 else None
+        of = trainer(Path(folder) / name, eval_data=pairs(7, 100), **options)
         of.train()
         assert of.accelerator.num_processes == world
         results[name] = {"history": of.state.log_history, "parameters": parameters(of), "eval": of.evaluate()}

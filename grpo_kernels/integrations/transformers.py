@@ -1,4 +1,4 @@
-"""Causal language models and tokenizers from Transformers, made or loaded without a network, and their log-probabilities."""
+"""Causal language models and tokenizers from Transformers without a network, and log-probabilities of any model."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ SCALE_FIELDS = ("logit_scale", "logits_scaling", "output_multiplier", "lm_head_m
 
 @dataclass(frozen=True)
 class Head:
-    """What a model makes of ``z = hidden @ weight.T + bias``: ``scale * z``, or ``softcap * tanh(scale * z / softcap)``.
+    """What a model makes of ``z = scale * (hidden @ weight.T + bias)``: z, or ``softcap * tanh(z / softcap)``.
 
     ``find_head`` looks at what a model does rather than at its name.
     """
@@ -231,7 +231,7 @@ def add_sequence_logps(model: Any, head: Head | None, *, backend: str = "auto") 
         if not sequence_logps:
             return plain_forward(*args, **kwargs)
         labels = kwargs.pop("labels")
-        options = {"shift_labels": True, "backend": backend}
+        options: dict[str, Any] = {"shift_labels": True, "backend": backend}
         if head is None:
             logits = plain_forward(*args, **{"use_cache": False, **kwargs}).logits
             return functional.sequence_logps(logits, labels, inplace_backward=True, **options)

@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -71,7 +71,7 @@ check_version(trl.__version__, DPOTrainer)
 
 
 @dataclass
-class GroupRobustDPOConfig(DPOConfig):  # type: ignore[misc]
+class GroupRobustDPOConfig(DPOConfig):
     """TRL's DPOConfig, and the options of the group weights.
 
     TRL's conventions hold: ``loss_type="ipo"`` averages log-probabilities over tokens, so its beta is per token.
@@ -83,8 +83,8 @@ class GroupRobustDPOConfig(DPOConfig):  # type: ignore[misc]
     group_update: str | None = field(
         default=None,
         metadata={
-            "help": "When alpha moves: 'inline' (each batch moves it before it is weighed, as in the paper) or 'lagged' "
-            "(once beside the optimizer's step). By default inline, lagged with gradient accumulation."
+            "help": "When alpha moves: 'inline' (each batch moves it before it is weighed, as in the paper) or "
+            "'lagged' (once beside the optimizer's step). By default inline, lagged with gradient accumulation."
         },
     )
     group_estimator: str = field(default="importance", metadata={"help": "'importance' or 'group_mean'."})
@@ -99,9 +99,7 @@ class GroupRobustDPOConfig(DPOConfig):  # type: ignore[misc]
     )
     fused_linear: bool | None = field(
         default=None,
-        metadata={
-            "help": "Never hold the logits. By default where the model allows it; True raises where it does not."
-        },
+        metadata={"help": "Never hold the logits. By default where the model allows it; True raises elsewhere."},
     )
     backend: str = field(default="auto", metadata={"help": "Backend of grpo_kernels."})
 
@@ -130,7 +128,7 @@ class GroupRobustDPOConfig(DPOConfig):  # type: ignore[misc]
             self.average_log_prob = self.loss_type == ["ipo"]
 
 
-class GroupRobustDPOTrainer(DPOTrainer):  # type: ignore[misc]
+class GroupRobustDPOTrainer(DPOTrainer):
     """TRL's DPOTrainer, trained so that the group that does worst does well.
 
     Arguments are those of TRL's DPOTrainer. The data sets have a column ``args.group_column`` with each pair's group;
@@ -148,7 +146,7 @@ class GroupRobustDPOTrainer(DPOTrainer):  # type: ignore[misc]
     """
 
     loss_is_scaled_for_ga = True  # compute_loss divides by the pairs of the whole optimizer step
-    _tag_names = ("trl", "dpo", "group-robust")
+    _tag_names: ClassVar = ["trl", "dpo", "group-robust"]
     _name = "Group Robust DPO"
     args: GroupRobustDPOConfig
 
@@ -299,7 +297,7 @@ class GroupRobustDPOTrainer(DPOTrainer):  # type: ignore[misc]
         return chosen, rejected
 
     def _reference_logps(self, model: Any, inputs: dict[str, Any]) -> Tensor:
-        context = contextlib.nullcontext()
+        context: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
         if self.ref_model is None and is_peft_model(self.model):
             context = _without_adapter(self.accelerator.unwrap_model(self.model))
         with torch.no_grad(), context, self.accelerator.autocast():
@@ -418,7 +416,7 @@ class _WithGroupIds:
         return {**self.collator(pairs), GROUP_IDS: group_ids}
 
 
-class _StepWithOptimizer(TrainerCallback):  # type: ignore[misc]
+class _StepWithOptimizer(TrainerCallback):
     def __init__(self, group_weights: GroupWeights) -> None:
         self.group_weights = group_weights
 
