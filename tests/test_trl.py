@@ -318,11 +318,27 @@ def test_encoder_decoder_and_softcap(tmp_path: Path) -> None:
         trainer(tmp_path, model=t5)
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "num_key_value_heads": 2}
     gemma = Gemma2ForCausalLM(Gemma2Config(**small, **sizes, head_dim=8, pad_token_id=0))
-    with pytest.raises(NotImplementedError, match=r"softcap 30\.0.*use the logits path"):
-        trainer(tmp_path, model=gemma, fused_linear=True)
-    of = trainer(tmp_path, model=gemma, max_steps=1)
-    assert of._head is None
+    of = trainer(tmp_path / "linear", model=copy.deepcopy(gemma), max_steps=2)
+    assert of._head == hf.Head(softcap=30.0)
     of.train()
+    logits = trainer(tmp_path / "logits", model=gemma, max_steps=2, fused_linear=False)
+    logits.train()
+    assert steps(of, "loss") == pytest.approx(steps(logits, "loss"), rel=1e-6)
+    for name, value in parameters(logits).items():
+        torch.testing.assert_close(parameters(of)[name], value, rtol=0, atol=1e-6, msg=name)
+
+
+def test_a_head_that_peft_trains_takes_the_logits_path(tmp_path: Path) -> None:
+    """The weight of modules_to_save's wrapper is not all there is to it."""
+    lora = peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"], task_type="CAUSAL_LM")
+    with pytest.raises(NotImplementedError, match=r"is no plain matrix in memory: use the logits path"):
+        trainer(tmp_path, model=peft.get_peft_model(llama(), lora), fused_linear=True)
+    of = trainer(tmp_path, model=peft.get_peft_model(llama(), lora), max_steps=1)
+    before = parameters(of)
+    of.train()
+    assert of._head is None
+    moved = [name for name, value in parameters(of).items() if not torch.equal(value, before[name])]
+    assert any("lm_head.modules_to_save" in name for name in moved)
 
 
 def test_versions() -> None:

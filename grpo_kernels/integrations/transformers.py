@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from types import MethodType
 from typing import Any, NamedTuple
 
 import torch
@@ -140,13 +141,15 @@ def find_head(model: Any) -> Head:
     """
     check_causal(model)
     name, layer = type(model).__name__, model.get_output_embeddings()
-    if getattr(layer, "weight", None) is None or layer.weight.dim() != 2 or layer.weight.is_meta:
-        raise NotImplementedError(f"the head of {name} is no matrix in memory: use the logits path")
+    # Not an adapter around a matrix: it has a weight, too, and gives the same while it is untrained.
+    is_matrix = isinstance(layer, torch.nn.Linear) and layer.weight.is_floating_point() and layer.weight.dim() == 2
+    if not is_matrix or layer.weight.is_meta:
+        raise NotImplementedError(f"the head of {name} is no plain matrix in memory: use the logits path")
     known = torch.linspace(-60, 60, layer.weight.shape[0], device=layer.weight.device, dtype=layer.weight.dtype)
-    seen: list[Tensor] = []
+    seen: list[tuple[Tensor, Tensor]] = []
 
     def replace(_: Any, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        seen.append(inputs[0])
+        seen.append((inputs[0], output))
         return known.expand_as(output)
 
     ids = torch.zeros(1, 2, dtype=torch.long, device=layer.weight.device)
@@ -158,8 +161,10 @@ def find_head(model: Any) -> Head:
     finally:
         handle.remove()
         model.train(was_training)
-    if len(seen) != 1 or not torch.equal(seen[0], hidden):
+    if len(seen) != 1 or not torch.equal(seen[0][0], hidden):
         raise NotImplementedError(f"the head of {name} does not read its last hidden states: use the logits path")
+    if not torch.equal(seen[0][1], torch.nn.functional.linear(hidden, layer.weight, layer.bias)):
+        raise NotImplementedError(f"the head of {name} is more than its matrix: use the logits path")
     config = model.config.get_text_config()
     softcap = getattr(config, "final_logit_softcapping", None)
     stated = [float(value) for field in SCALE_FIELDS if (value := getattr(config, field, None))]
@@ -190,21 +195,6 @@ def hidden_and_head(model: Any, head: Head, **inputs: Any) -> HiddenAndHead:
     return HiddenAndHead(hidden, layer.weight, getattr(layer, "bias", None), head)
 
 
-def linear_path_head(model: Any) -> Head:
-    """`find_head`, where the linear loss can run it.
-
-    Raises:
-        NotImplementedError: it cannot, and why.
-    """
-    head = find_head(model)
-    if head.softcap is not None:
-        raise NotImplementedError(
-            f"{type(model).__name__} caps its logits (softcap {head.softcap}), which the linear path does not do: use "
-            "the logits path"
-        )
-    return head
-
-
 def add_sequence_logps(model: Any, head: Head | None, *, backend: str = "auto") -> None:
     """Let ``model(..., labels=labels, sequence_logps=True)`` return (S,) log-probabilities of the labels.
 
@@ -213,32 +203,36 @@ def add_sequence_logps(model: Any, head: Head | None, *, backend: str = "auto") 
 
     Args:
         model: a causal language model, before it is wrapped. Once is enough; again changes the options.
-        head: what `linear_path_head` found, for the linear path; None for the logits path.
+        head: what `find_head` found, for the linear path; None for the logits path.
         backend: of `linear_sequence_logps` or `sequence_logps`.
 
     Example:
         >>> model = small_llama(300, hidden_size=32, num_layers=1, max_length=8, pad_id=0)
-        >>> add_sequence_logps(model, linear_path_head(model))
+        >>> add_sequence_logps(model, find_head(model))
         >>> ids = torch.tensor([[5, 6, 7]])
         >>> model(input_ids=ids, labels=ids, sequence_logps=True).shape
         torch.Size([1])
     """
     check_causal(model)
-    plain_forward = getattr(model.forward, "plain_forward", model.forward)
+    plain_forward = getattr(model.forward, "plain_forward", None) or _unbound(model.forward)
 
     @functools.wraps(plain_forward)
-    def forward(*args: Any, sequence_logps: bool = False, **kwargs: Any) -> Any:
+    def forward(self: Any, *args: Any, sequence_logps: bool = False, **kwargs: Any) -> Any:
         if not sequence_logps:
-            return plain_forward(*args, **kwargs)
+            return plain_forward(self, *args, **kwargs)
         labels = kwargs.pop("labels")
         options: dict[str, Any] = {"shift_labels": True, "backend": backend}
         if head is None:
-            logits = plain_forward(*args, **{"use_cache": False, **kwargs}).logits
+            logits = plain_forward(self, *args, **{"use_cache": False, **kwargs}).logits
             return functional.sequence_logps(logits, labels, inplace_backward=True, **options)
-        hidden, weight, bias, _ = hidden_and_head(model, head, **kwargs)
-        if head.scale != 1:
-            hidden, bias = hidden * head.scale, None if bias is None else bias * head.scale
-        return functional.linear_sequence_logps(hidden, weight, labels, bias=bias, **options)
+        hidden, weight, bias, _ = hidden_and_head(self, head, **kwargs)
+        options |= {"bias": bias, "logit_scale": head.scale, "softcap": head.softcap}
+        return functional.linear_sequence_logps(hidden, weight, labels, **options)
 
     forward.plain_forward = plain_forward  # type: ignore[attr-defined]
-    model.forward = forward
+    model.forward = MethodType(forward, model)  # a method, so that copy.deepcopy binds the copy's to the copy
+
+
+def _unbound(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """The function that takes the model first, also where another library has put a plain function in the model."""
+    return getattr(forward, "__func__", None) or (lambda _, *args, **kwargs: forward(*args, **kwargs))

@@ -351,7 +351,7 @@ class GroupRobustDPOTrainer(DPOTrainer):
             try:
                 if any(hasattr(parameter, "ds_id") for parameter in policy.parameters()):
                     raise NotImplementedError("ZeRO-3 shards the head: use the logits path")
-                self._head = hf.linear_path_head(policy)
+                self._head = hf.find_head(policy)
             except NotImplementedError:
                 if self.args.fused_linear:
                     raise
