@@ -183,6 +183,14 @@ def test_group_metrics_are_those_of_the_groups(tmp_path: Path) -> None:
         assert "eval_alone_groups/usual/loss" not in alone
 
 
+def test_tokens_are_counted_between_logs_too(tmp_path: Path) -> None:
+    often = trainer(tmp_path, max_steps=2, logging_steps=1)
+    often.train()
+    seldom = trainer(tmp_path, max_steps=2, logging_steps=100, eval_data=pairs(4), eval_strategy="steps", eval_steps=1)
+    seldom.train()
+    assert steps(seldom, "eval_num_tokens") == steps(often, "num_tokens")
+
+
 def test_precomputed_reference_is_the_online_one(tmp_path: Path) -> None:
     ready = trainer(tmp_path, precompute_ref_log_probs=True)
     assert ready.ref_model is None

@@ -176,6 +176,14 @@ def find_head(model: Any) -> Head:
     raise NotImplementedError(f"{name} changes its logits in a way that its config does not say: use the logits path")
 
 
+def head_or_none(model: Any) -> Head | None:
+    """`find_head`, and None for a model that must take the logits path."""
+    try:
+        return find_head(model)
+    except NotImplementedError:
+        return None
+
+
 def hidden_and_head(model: Any, head: Head, **inputs: Any) -> HiddenAndHead:
     """The last hidden states of a batch and the head's parameters, without logits.
 

@@ -347,14 +347,13 @@ class GroupRobustDPOTrainer(DPOTrainer):
         if self._head_known:
             return
         policy = _causal_model(self.accelerator.unwrap_model(self.model))
-        if self.args.fused_linear is not False:
-            try:
-                if any(hasattr(parameter, "ds_id") for parameter in policy.parameters()):
-                    raise NotImplementedError("ZeRO-3 shards the head: use the logits path")
-                self._head = hf.find_head(policy)
-            except NotImplementedError:
-                if self.args.fused_linear:
-                    raise
+        sharded = any(hasattr(parameter, "ds_id") for parameter in policy.parameters())
+        if self.args.fused_linear and sharded:
+            raise NotImplementedError("ZeRO-3 shards the head: use the logits path, fused_linear=False")
+        if self.args.fused_linear:
+            self._head = hf.find_head(policy)
+        elif self.args.fused_linear is None and not sharded:
+            self._head = hf.head_or_none(policy)
         models = [policy]
         if self.ref_model is not None:
             models.append(_causal_model(self.accelerator.unwrap_model(self.ref_model)))
@@ -386,6 +385,8 @@ class GroupRobustDPOTrainer(DPOTrainer):
         totals, self._totals[mode] = self._totals[mode], self._no_totals()
         if mode == "train":
             totals = self.accelerator.reduce(totals)
+        else:  # training has gone on since its last log
+            unlogged_tokens = self.accelerator.reduce(self._totals["train"][:, TOTALS.index("tokens")].sum())
         table = torch.cat([totals, self.group_weights.alpha.unsqueeze(1)], 1).tolist()
         everything = dict(zip(TOTALS, map(sum, zip(*(row[:-1] for row in table), strict=True)), strict=True))
         pairs = everything["count"]
@@ -394,9 +395,9 @@ class GroupRobustDPOTrainer(DPOTrainer):
         metrics = {name: everything[name] / pairs for name in TOTALS[3:7]}
         metrics["rewards/accuracies"] = everything["accuracy"] / pairs
         metrics["rewards/margins"] = metrics["rewards/chosen"] - metrics["rewards/rejected"]
+        metrics["num_tokens"] = self._num_tokens + int(everything["tokens"] if mode == "train" else unlogged_tokens)
         if mode == "train":
-            self._num_tokens += int(everything["tokens"])
-        metrics["num_tokens"] = self._num_tokens
+            self._num_tokens = metrics["num_tokens"]
         for name, (count, loss, accuracy, *_, alpha) in zip(self.group_names, table, strict=True):
             metrics |= {f"groups/{name}/alpha": alpha, f"groups/{name}/count": count}
             if count:
