@@ -1,7 +1,4 @@
-"""Group-robust DPO in PyTorch alone, one process, with the reference policy beside the trained one:
-
-    python examples/plain.py
-"""
+"""Group-robust DPO in PyTorch alone, with the reference beside the trained model: `python examples/plain.py`."""
 
 import copy
 

@@ -407,8 +407,7 @@ def results_of_cases(world: int, folder: str) -> dict[str, dict[str, Any]]:
 
 CASES: dict[str, dict[str, Any]] = {
     "inline": {"per_device_train_batch_size": 4},
-    "logits": {"per_device_train_batch_size": 4, "fused_linear": False},
-    "accumulation": {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2},
+    "accumulation": {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "fused_linear": False},
     "checkpointing": {"per_device_train_batch_size": 4, "gradient_checkpointing": True, "loss_type": "ipo"},
 }
 

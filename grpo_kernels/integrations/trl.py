@@ -149,6 +149,8 @@ class GroupRobustDPOTrainer(DPOTrainer):
     _tag_names: ClassVar = ["trl", "dpo", "group-robust"]
     _name = "Group Robust DPO"
     args: GroupRobustDPOConfig
+    data_collator: Any
+    _signature_columns: Any
 
     def __init__(
         self,
@@ -392,12 +394,13 @@ class GroupRobustDPOTrainer(DPOTrainer):
         pairs = everything["count"]
         if not pairs:
             return {}
-        metrics = {name: everything[name] / pairs for name in TOTALS[3:7]}
+        metrics: dict[str, float] = {name: everything[name] / pairs for name in TOTALS[3:7]}
         metrics["rewards/accuracies"] = everything["accuracy"] / pairs
         metrics["rewards/margins"] = metrics["rewards/chosen"] - metrics["rewards/rejected"]
-        metrics["num_tokens"] = self._num_tokens + int(everything["tokens"] if mode == "train" else unlogged_tokens)
+        num_tokens = self._num_tokens + int(everything["tokens"] if mode == "train" else unlogged_tokens)
         if mode == "train":
-            self._num_tokens = metrics["num_tokens"]
+            self._num_tokens = num_tokens
+        metrics["num_tokens"] = num_tokens
         for name, (count, loss, accuracy, *_, alpha) in zip(self.group_names, table, strict=True):
             metrics |= {f"groups/{name}/alpha": alpha, f"groups/{name}/count": count}
             if count:
