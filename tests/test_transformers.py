@@ -8,10 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 
 import grpo_kernels as gk
 from grpo_kernels.integrations import transformers as hf
+
+transformers = pytest.importorskip(
+    "transformers", reason="transformers is not installed: pip install 'grpo-kernels[train]'"
+)
 
 SIZES: dict[str, Any] = {
     "vocab_size": 60,

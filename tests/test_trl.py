@@ -15,8 +15,8 @@ import torch
 
 os.environ |= {"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
 trl = pytest.importorskip("trl", reason="trl is not installed: pip install 'grpo-kernels[trl]'")
-datasets = pytest.importorskip("datasets")
-peft = pytest.importorskip("peft")
+datasets = pytest.importorskip("datasets", reason="datasets is not installed: pip install 'grpo-kernels[trl]'")
+peft = pytest.importorskip("peft", reason="peft is not installed: pip install peft")
 
 from grpo_kernels.integrations import transformers as hf  # noqa: E402
 from grpo_kernels.integrations.trl import (  # noqa: E402
