@@ -8,6 +8,7 @@ tokenizer learned on the spot, so that it runs in minutes on a CPU without a dow
 
 import argparse
 
+import torch
 from datasets import load_dataset
 
 from grpo_kernels.integrations.transformers import byte_level_tokenizer, small_llama
@@ -23,6 +24,7 @@ def main() -> None:
     options = parser.parse_args()
     data = load_dataset("json", data_files=dict(zip(("train", "eval"), options.files, strict=True)))
     tokenizer = byte_level_tokenizer((text for column in ("prompt", "chosen") for text in data["train"][column]), 2000)
+    torch.manual_seed(0)
     model = small_llama(2000, hidden_size=64, num_layers=2, max_length=options.max_length, pad_id=0)
     args = GroupRobustDPOConfig(
         output_dir=options.out,
