@@ -35,12 +35,13 @@ from grpo_kernels.data import (
     split_by_group,
     tokenize_pairs,
 )
-from grpo_kernels.functional import preference_losses, sequence_logps
+from grpo_kernels.functional import preference_losses
 from grpo_kernels.group_weights import GroupWeights
 from grpo_kernels.integrations import transformers as hf
 from grpo_kernels.losses import GroupRobustLoss
 from grpo_kernels.sampling import STRATEGIES, GroupBatchSampler
 from grpo_kernels.segments import segment_sum
+from grpo_kernels.types import IGNORE_INDEX
 
 PACKAGES = ("transformers", "tokenizers", "rich", "matplotlib")
 WARMUP_SHARE = 0.1  # of a phase's steps, over which the learning rate rises linearly
@@ -201,11 +202,9 @@ class TrainingJob:
         """Maximise the likelihood of the chosen answers; returns the weights that all later phases start from."""
 
         def loss_of(batch: dict[str, Tensor], _: Tensor) -> tuple[Tensor, dict[str, Any]]:
-            chosen = batch["labels"].shape[0] // 2
-            ids, mask, labels = (batch[k][:chosen] for k in ("input_ids", "attention_mask", "labels"))
-            logits = self.model(input_ids=ids, attention_mask=mask).logits
-            logps = sequence_logps(logits, labels, shift_labels=True, backend=self.config.backend)
-            loss = -logps.sum() / (labels != -100).sum()
+            num_pairs = batch["labels"].shape[0] // 2
+            chosen = {name: rows[:num_pairs] for name, rows in batch.items()}
+            loss = -self._logps(chosen).sum() / (chosen["labels"] != IGNORE_INDEX).sum()
             return loss, {}
 
         self._phase("sft", self.config.sft_steps, loss_of, GroupWeights(1, group_sizes=[1], step_size=0.0), None)
@@ -218,7 +217,7 @@ class TrainingJob:
             saved = torch.load(path, weights_only=True)
             return saved["train"], saved["eval"]
         self.model.load_state_dict(start_state)
-        train, evaluation = self._logps(self.train_set), self._logps(self.eval_set)
+        train, evaluation = self._logps_of_all(self.train_set), self._logps_of_all(self.eval_set)
         _save_atomically({"train": train, "eval": evaluation}, path)
         return train, evaluation
 
@@ -234,21 +233,13 @@ class TrainingJob:
             step_size=resolved_step_size(config) if robust else 0.0,
             estimator="group_mean" if robust and config.sampling in ("uniform", "balanced") else "importance",
         ).to(self.device)
-        loss_fn = GroupRobustLoss(
-            weights,
-            beta=config.beta,
-            loss_type=config.loss,
-            shift_labels=True,
-            inplace_backward=True,
-            backend=config.backend,
-        )
+        loss_fn = GroupRobustLoss(weights, beta=config.beta, loss_type=config.loss)
         train_reference, eval_reference = reference
 
         def loss_of(batch: dict[str, Tensor], indices: Tensor) -> tuple[Tensor, dict[str, Any]]:
-            logits = self.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
             ids = batch["group_ids"] if robust else torch.zeros_like(batch["group_ids"])
             ref_logps = train_reference[:, indices].flatten().to(self.device)
-            out = loss_fn(logits, batch["labels"], ids, ref_logps=ref_logps)
+            out = loss_fn.from_logps(self._logps(batch), ids, ref_logps)
             metrics = out.metrics()
             values = torch.stack(list(metrics.values())).tolist()
             return out.loss, dict(zip(metrics, values, strict=True))
@@ -363,7 +354,7 @@ class TrainingJob:
     def _evaluation(self, reference: Tensor) -> dict[str, Any]:
         """Mean loss and accuracy of each group on the evaluation pairs, and the worst group's loss."""
         config, reference = self.config, reference.cpu()
-        logps = self._logps(self.eval_set)
+        logps = self._logps_of_all(self.eval_set)
         losses = preference_losses(logps.flatten(), reference.flatten(), beta=config.beta, loss_type=config.loss)
         ratios = logps - reference
         correct = (ratios[0] > ratios[1]).double()
@@ -377,16 +368,19 @@ class TrainingJob:
         worst = max(by_group, key=lambda group: by_group[group]["loss"])
         return {"groups": by_group, "worst_group": worst, "worst_loss": by_group[worst]["loss"]}
 
+    def _logps(self, batch: dict[str, Tensor]) -> Tensor:
+        """(S,) log-probabilities of the labels, by the model's forward as `hf.add_sequence_logps` extends it."""
+        inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "labels")}
+        return self.model(**inputs, sequence_logps=True)
+
     @torch.no_grad()
-    def _logps(self, pairs: Sequence[TokenizedPair]) -> Tensor:
+    def _logps_of_all(self, pairs: Sequence[TokenizedPair]) -> Tensor:
         """(2, N) on the CPU: log-probabilities of chosen and rejected answers."""
         self.model.eval()
         pieces = []
         for first in range(0, len(pairs), self.config.batch_size):
             batch = self._batch(pairs[first : first + self.config.batch_size])
-            logits = self.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
-            logps = sequence_logps(logits, batch["labels"], shift_labels=True, backend=self.config.backend)
-            pieces.append(logps.view(2, -1).cpu())
+            pieces.append(self._logps(batch).view(2, -1).cpu())
         return torch.cat(pieces, dim=1)
 
     def _batch(self, pairs: Sequence[TokenizedPair]) -> dict[str, Tensor]:
@@ -413,7 +407,9 @@ class TrainingJob:
                 max_length=config.max_length,
                 pad_id=hf.pad_token_id(tokenizer),
             )
-        return model.to(self.device), tokenizer
+        model.to(self.device)
+        hf.add_sequence_logps(model, hf.head_or_none(model), backend=config.backend)
+        return model, tokenizer
 
     def _describe(self) -> None:
         sizes = ", ".join(f"{n} {s}" for n, s in zip(self.groups.names, self.groups.sizes, strict=True))

@@ -14,7 +14,8 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "README.md").read_text()
-BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", TEXT, re.M | re.S)
+TRL_BLOCK = re.findall(r"^```python trl\n(.*?)^```$", TEXT, re.M | re.S)[0]  # it needs a model on the disk
+BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", TEXT.replace(f"```python trl\n{TRL_BLOCK}```", ""), re.M | re.S)
 SHELL = [code.strip() for language, code in BLOCKS if language == "sh"]
 
 
@@ -32,8 +33,25 @@ def test_python_blocks_run_in_order() -> None:
     assert out.loss.item() == pytest.approx(namespace["dpo_loss"](*arguments).item(), rel=1e-5)
 
 
+def test_trl_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a tiny model that lies where the block looks for one."""
+    pytest.importorskip("trl", reason="trl is not installed: pip install 'grpo-kernels[trl]'")
+    from grpo_kernels.integrations import transformers as hf
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    hf.small_llama(300, hidden_size=32, num_layers=1, max_length=64, pad_id=0).save_pretrained("my-model")
+    hf.byte_level_tokenizer([], 300).save_pretrained("my-model")
+    namespace: dict = {}
+    exec(compile(TRL_BLOCK, "README.md", "exec"), namespace)
+    history = namespace["trainer"].state.log_history
+    assert namespace["trainer"].state.global_step == 2
+    assert "groups/a/loss" in str(history)
+
+
 def test_no_block_is_left_out() -> None:
     assert {language for language, _ in BLOCKS} == {"python", "sh"}
+    assert len(re.findall(r"^```python trl$", TEXT, re.M)) == 1  # test_trl_block runs this one
     known = {
         "make train",
         "make test",

@@ -1,10 +1,18 @@
-"""Causal language models and tokenizers from Transformers, made or loaded without a network."""
+"""Causal language models and tokenizers from Transformers without a network, and log-probabilities of any model."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import functools
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import MethodType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from grpo_kernels import functional
 
 PAD, EOS = "<pad>", "</s>"
 
@@ -74,3 +82,165 @@ def load_local(directory: str | Path) -> tuple[Any, Any]:
 def pad_token_id(tokenizer: Any) -> int:
     """What to pad with; padding is masked, so any id serves where the tokenizer names none."""
     return int(tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id)
+
+
+# -- from a causal language model to sequence log-probabilities ----------------------------------------------------
+
+SCALE_FIELDS = ("logit_scale", "logits_scaling", "output_multiplier", "lm_head_multiplier")  # of a model's config
+
+
+@dataclass(frozen=True)
+class Head:
+    """What a model makes of ``z = scale * (hidden @ weight.T + bias)``: z, or ``softcap * tanh(z / softcap)``.
+
+    ``find_head`` looks at what a model does rather than at its name.
+    """
+
+    scale: float = 1.0
+    softcap: float | None = None
+
+    def of(self, z: Tensor) -> Tensor:
+        z = self.scale * z
+        return z if self.softcap is None else self.softcap * torch.tanh(z / self.softcap)
+
+
+class HiddenAndHead(NamedTuple):
+    """All that logits are made of; ``weight`` is the embedding itself where a model ties them."""
+
+    hidden: Tensor  # (S, T, D), row t predicts token t + 1
+    weight: Tensor  # (V, D)
+    bias: Tensor | None  # (V,)
+    head: Head
+
+
+def check_causal(model: Any) -> None:
+    """
+    Raises:
+        ValueError: the model is an encoder-decoder, or has no language-model head.
+    """
+    name = type(model).__name__
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise ValueError(f"model must be a causal (decoder-only) language model, got {name}, an encoder-decoder")
+    if model.get_output_embeddings() is None:
+        raise ValueError(f"model must have a language-model head, got {name}: load it with AutoModelForCausalLM")
+
+
+@torch.no_grad()
+def find_head(model: Any) -> Head:
+    """How ``model`` turns its last hidden states into logits, found by one forward on two tokens.
+
+    The head's output is replaced by known numbers, and what the model makes of them is compared with what its config's
+    scale and softcap would. Call it before the model is wrapped or sharded.
+
+    Raises:
+        ValueError: no causal language model. NotImplementedError: its logits are made in another way.
+
+    Example:
+        >>> find_head(small_llama(300, hidden_size=32, num_layers=1, max_length=8, pad_id=0))
+        Head(scale=1.0, softcap=None)
+    """
+    check_causal(model)
+    name, layer = type(model).__name__, model.get_output_embeddings()
+    # Not an adapter around a matrix: it has a weight, too, and gives the same while it is untrained.
+    is_matrix = isinstance(layer, torch.nn.Linear) and layer.weight.is_floating_point() and layer.weight.dim() == 2
+    if not is_matrix or layer.weight.is_meta:
+        raise NotImplementedError(f"the head of {name} is no plain matrix in memory: use the logits path")
+    known = torch.linspace(-60, 60, layer.weight.shape[0], device=layer.weight.device, dtype=layer.weight.dtype)
+    seen: list[tuple[Tensor, Tensor]] = []
+
+    def replace(_: Any, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        seen.append((inputs[0], output))
+        return known.expand_as(output)
+
+    ids = torch.zeros(1, 2, dtype=torch.long, device=layer.weight.device)
+    was_training, handle = model.training, layer.register_forward_hook(replace)
+    try:
+        model.eval()
+        logits = model(input_ids=ids, use_cache=False).logits[0, -1].double()
+        hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+    finally:
+        handle.remove()
+        model.train(was_training)
+    if len(seen) != 1 or not torch.equal(seen[0][0], hidden):
+        raise NotImplementedError(f"the head of {name} does not read its last hidden states: use the logits path")
+    if not torch.equal(seen[0][1], torch.nn.functional.linear(hidden, layer.weight, layer.bias)):
+        raise NotImplementedError(f"the head of {name} is more than its matrix: use the logits path")
+    config = model.config.get_text_config()
+    softcap = getattr(config, "final_logit_softcapping", None)
+    stated = [float(value) for field in SCALE_FIELDS if (value := getattr(config, field, None))]
+    tolerance = 60 * 4 * torch.finfo(layer.weight.dtype).eps
+    for scale in [1.0, *stated, *(1 / value for value in stated)]:
+        head = Head(scale, softcap)
+        if torch.allclose(head.of(known.double()), logits, rtol=tolerance, atol=tolerance):
+            return head
+    raise NotImplementedError(f"{name} changes its logits in a way that its config does not say: use the logits path")
+
+
+def head_or_none(model: Any) -> Head | None:
+    """`find_head`, and None for a model that must take the logits path."""
+    try:
+        return find_head(model)
+    except NotImplementedError:
+        return None
+
+
+def hidden_and_head(model: Any, head: Head, **inputs: Any) -> HiddenAndHead:
+    """The last hidden states of a batch and the head's parameters, without logits.
+
+    Args:
+        model: a causal language model of Transformers (inside a PEFT model: its base model).
+        head: what `find_head` found.
+        inputs: input_ids, attention_mask and whatever else the model takes, without labels.
+
+    Example:
+        >>> model = small_llama(300, hidden_size=32, num_layers=1, max_length=8, pad_id=0)
+        >>> rows = hidden_and_head(model, find_head(model), input_ids=torch.tensor([[5, 6, 7]]))
+        >>> rows.hidden.shape, rows.weight is model.model.embed_tokens.weight
+        (torch.Size([1, 3, 32]), True)
+    """
+    hidden = model.base_model(**{"use_cache": False, **inputs}).last_hidden_state
+    layer = model.get_output_embeddings()
+    return HiddenAndHead(hidden, layer.weight, getattr(layer, "bias", None), head)
+
+
+def add_sequence_logps(model: Any, head: Head | None, *, backend: str = "auto") -> None:
+    """Let ``model(..., labels=labels, sequence_logps=True)`` return (S,) log-probabilities of the labels.
+
+    They are computed inside the model's forward, so that wrappers (DDP, FSDP, PEFT, autocast) see one forward and
+    gather and synchronise what they must. Without the flag the forward is as before.
+
+    Args:
+        model: a causal language model, before it is wrapped. Once is enough; again changes the options.
+        head: what `find_head` found, for the linear path; None for the logits path.
+        backend: of `linear_sequence_logps` or `sequence_logps`.
+
+    Example:
+        >>> model = small_llama(300, hidden_size=32, num_layers=1, max_length=8, pad_id=0)
+        >>> add_sequence_logps(model, find_head(model))
+        >>> ids = torch.tensor([[5, 6, 7]])
+        >>> model(input_ids=ids, labels=ids, sequence_logps=True).shape
+        torch.Size([1])
+    """
+    check_causal(model)
+    plain_forward = getattr(model.forward, "plain_forward", None) or _unbound(model.forward)
+
+    @functools.wraps(plain_forward)
+    def forward(self: Any, *args: Any, sequence_logps: bool = False, **kwargs: Any) -> Any:
+        if not sequence_logps:
+            return plain_forward(self, *args, **kwargs)
+        labels = kwargs.pop("labels")
+        options: dict[str, Any] = {"shift_labels": True, "backend": backend}
+        if head is None:
+            logits = plain_forward(self, *args, **{"use_cache": False, **kwargs}).logits
+            return functional.sequence_logps(logits, labels, inplace_backward=True, **options)
+        hidden, weight, bias, _ = hidden_and_head(self, head, **kwargs)
+        options |= {"bias": bias, "logit_scale": head.scale, "softcap": head.softcap}
+        return functional.linear_sequence_logps(hidden, weight, labels, **options)
+
+    forward.plain_forward = plain_forward  # type: ignore[attr-defined]
+    model.forward = MethodType(forward, model)  # a method, so that copy.deepcopy binds the copy's to the copy
+
+
+def _unbound(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """The function that takes the model first, also where another library has put a plain function in the model."""
+    return getattr(forward, "__func__", None) or (lambda _, *args, **kwargs: forward(*args, **kwargs))

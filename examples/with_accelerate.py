@@ -1,0 +1,38 @@
+"""Group-robust DPO of a Transformers model with Accelerate: `accelerate launch examples/with_accelerate.py`."""
+
+import torch
+from accelerate import Accelerator
+from common import VOCAB, pairs_of_rank
+
+import grpo_kernels as gk
+from grpo_kernels.integrations.transformers import add_sequence_logps, find_head, small_llama
+
+
+def main() -> None:
+    accelerator = Accelerator(cpu=not torch.cuda.is_available())
+    rank, num_ranks, parts = accelerator.process_index, accelerator.num_processes, 2
+    torch.manual_seed(0)
+    model = small_llama(VOCAB, hidden_size=32, num_layers=1, max_length=16, pad_id=0)
+    add_sequence_logps(model, find_head(model))  # the model's forward can now return log-probabilities, without logits
+    model, optimizer = accelerator.prepare(model, torch.optim.AdamW(model.parameters(), lr=1e-2))
+    weights = gk.GroupWeights(group_sizes=[600, 350, 50], step_size=0.1, update="lagged").to(accelerator.device)
+    accelerator.register_for_checkpointing(weights)  # save_state and load_state take alpha with them
+    loss_fn = gk.GroupRobustLoss(weights, beta=0.5)
+    for step in range(20):
+        for part in range(parts):  # 12 pairs a step, over all parts and ranks
+            batch = pairs_of_rank(step, rank * parts + part, num_ranks * parts)
+            tokens, labels, group_ids, ref_logps = (tensor.to(accelerator.device) for tensor in batch)
+            logps = model(input_ids=tokens, labels=labels, sequence_logps=True)
+            out = loss_fn.from_logps(logps, group_ids, ref_logps, total_pairs=12)
+            accelerator.backward(out.loss)
+        optimizer.step()
+        weights.step()
+        optimizer.zero_grad()
+        if step % 5 == 4:
+            accelerator.print(f"step {step + 1}: alpha {[round(a, 6) for a in weights.alpha.tolist()]}")
+    accelerator.free_memory()  # it holds the model, and the model the process group
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main()
