@@ -70,9 +70,7 @@ def _token_logps_backward(
     return dlogits
 
 
-def _token_logps_backward_fake(
-    dtoken_logps: Tensor, logits: Tensor, labels: Tensor, lse: Tensor, ignore_index: int, backend: str
-) -> Tensor:
+def _token_logps_backward_fake(dtoken_logps: Tensor, logits: Tensor, *_: Any) -> Tensor:
     return logits.new_empty(logits.shape)
 
 
@@ -82,9 +80,7 @@ def _token_logps_backward_inplace(
     dispatch.kernels_of(backend).token_logps_backward(dtoken_logps, logits, labels, lse, ignore_index, logits)
 
 
-def _token_logps_backward_inplace_fake(
-    dtoken_logps: Tensor, logits: Tensor, labels: Tensor, lse: Tensor, ignore_index: int, backend: str
-) -> None:
+def _token_logps_backward_inplace_fake(*_: Any) -> None:
     return None
 
 
@@ -108,18 +104,9 @@ def _linear_token_logps(
 
 
 def _linear_token_logps_fake(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    logit_scale: float,
-    softcap: float,
-    labels: Tensor,
-    ignore_index: int,
-    chunk_rows: int,
-    plan: str,
-    kept_rows: int,
-    backend: str,
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, logit_scale: float, softcap: float, labels: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
+    ignore_index, _, plan, kept_rows, backend = rest
     token_logps, lse = _token_logps_fake(hidden, labels, ignore_index, backend)
     return token_logps, lse, hidden.new_empty(linear.kept_shape(plan, hidden, weight, kept_rows))
 

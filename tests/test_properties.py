@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -196,3 +197,29 @@ def test_huge_margins(backend: str) -> None:
     torch.testing.assert_close(grad[0, 0], torch.tensor([0.5, -0.5]))
     torch.testing.assert_close(grad[2, 0], torch.tensor([-0.25, 0.25]))
     assert not grad[[1, 3]].any()
+
+
+@pytest.mark.parametrize("backend", ["cpp", "torch"])
+def test_more_than_2_to_the_31_logits(backend: str, tmp_path: Path) -> None:
+    """70,000 positions of a sparse file: only counted rows are read, so only they are ever in memory."""
+    if gk.backends()[backend]:
+        pytest.skip("; ".join(gk.backends()[backend]))
+    length, vocab, counted = 70_000, 32_000, [40_000, 69_999]
+    path = tmp_path / "logits"
+    with path.open("wb") as file:
+        file.truncate(2 * length * vocab)
+    logits = torch.from_file(str(path), size=length * vocab, dtype=torch.float16, shared=False).view(1, length, vocab)
+    labels = torch.full((1, length), -100)
+    for row, label in zip(counted, (7, vocab - 1), strict=True):
+        logits[0, row] = torch.randn(vocab)
+        labels[0, row] = label
+    rows, upstream = logits[0, counted].float().requires_grad_(), torch.tensor([2.0])
+    exact = rows.log_softmax(-1)[[0, 1], [7, vocab - 1]].sum(0, keepdim=True)
+    logps = gk.sequence_logps(logits.requires_grad_(), labels, backend=backend)
+    torch.testing.assert_close(logps, exact)
+    if backend == "cpp":  # a gradient of 4.2 GiB; once is enough
+        (grad,) = torch.autograd.grad(logps, logits, upstream)
+        (expected,) = torch.autograd.grad(exact, rows, upstream)
+        torch.testing.assert_close(grad[0, counted].float(), expected, rtol=2**-10, atol=2**-24)
+        assert not grad[0, 39_999].any()
+        assert not grad[0, 40_001].any()
