@@ -6,6 +6,10 @@ error), cuda (those and the CUDA kernels, or an error), none (pure Python).
 
 import os
 import platform
+import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -27,6 +31,15 @@ if platform.machine().lower() in ("x86_64", "amd64"):
         *("-mavx2", "-mfma", "-mf16c", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"),
         *("-mprefer-vector-width=512", "-Wno-uninitialized", "-Wno-maybe-uninitialized"),
     ]
+NVCC = os.environ.get("NVCC") or "nvcc"  # it finds its own headers and libraries; it may be a wrapper script
+# For each GPU generation its own code, as far as this nvcc knows it, and PTX for those to come.
+ARCHITECTURES = ("sm_80", "sm_90a", "sm_100")
+PTX = "compute_80"
+CUDA_FLAGS = [
+    *("-std=c++17", "-O3", "-lineinfo", "--expt-relaxed-constexpr", "-ftz=true", "-Xcompiler=-fPIC,-fvisibility=hidden"),
+    *("-Xfatbin=-compress-all", "-Xptxas=-warn-spills,-warn-lmem-usage,-Werror"),  # a spill is an error
+]
+CUDA_MEND = "nvcc on the PATH, or named in NVCC (CUDA 12.0 or later), with a g++ that it takes"
 MEND = "a C++17 compiler (Debian: apt install g++; or set CXX) and Python's headers (python3-dev)"
 
 
@@ -41,6 +54,19 @@ class BuildKernels(build_ext):
             ) from error
 
     def _compile_and_link(self, ext: Extension) -> None:
+        """With the CUDA kernels where they are asked for or can be had, else without."""
+        if MODE == "cuda" or (MODE == "auto" and shutil.which(NVCC)):
+            try:
+                return self._build(ext, with_cuda=True)
+            except (subprocess.CalledProcessError, OSError) as error:
+                said = getattr(error, "stderr", None) or error
+                text = f"the CUDA kernels were not built: {said}\nThey need {CUDA_MEND}."
+                if MODE == "cuda":
+                    raise CompileError(text) from error
+                print(f"warning: {text} The rest is built without them.", file=sys.stderr)
+        return self._build(ext, with_cuda=False)
+
+    def _build(self, ext: Extension, with_cuda: bool) -> None:
         import pybind11
 
         include_dirs = [*self.include_dirs, pybind11.get_include()]
@@ -54,11 +80,36 @@ class BuildKernels(build_ext):
                 extra_postargs=[*flags, *more],
             )
 
-        objects = compiled(CSRC / "bindings.cpp", f'-DGRPO_BUILD_FLAGS="{" ".join(FLAGS)}"')
+        cuda_objects, of_cuda = self._cuda_objects() if with_cuda else ([], [])
+        objects = compiled(CSRC / "bindings.cpp", f'-DGRPO_BUILD_FLAGS="{" ".join(FLAGS)}"', *of_cuda)
         for name, set_flags in INSTRUCTION_SETS.items():
             objects += compiled(CSRC / "cpu" / "rows.cpp", f"-DGRPO_ISA={name}", *set_flags, folder=name)
         target = self.get_ext_fullpath(ext.name)
+        if with_cuda:
+            Path(target).parent.mkdir(parents=True, exist_ok=True)
+            _run(NVCC, "-shared", "-cudart=static", "-Xcompiler=-pthread", *objects, *cuda_objects, "-o", target)
+            return
         self.compiler.link_shared_object(objects, target, extra_postargs=["-pthread"], target_lang="c++")
+
+    def _cuda_objects(self) -> tuple[list[str], list[str]]:
+        """(objects, what to tell bindings.cpp of them)"""
+        version = re.search(r"V([\d.]+)", _run(NVCC, "--version"))
+        known = _run(NVCC, "--list-gpu-code").split()
+        architectures = [name for name in ARCHITECTURES if name in known]
+        codes = [f"-gencode=arch={name.replace('sm', 'compute')},code={name}" for name in architectures]
+        codes.append(f"-gencode=arch={PTX},code={PTX}")
+        folder = Path(self.build_temp, "cuda")
+        folder.mkdir(parents=True, exist_ok=True)
+        objects = []
+        for source in sorted((CSRC / "cuda").glob("*.cu")):
+            objects.append(str(folder / f"{source.stem}.o"))
+            _run(NVCC, "--threads=0", *CUDA_FLAGS, *codes, "-c", str(source), "-o", objects[-1])
+        built = f"nvcc {version[1] if version else '?'}, {' '.join([*architectures, PTX])}"
+        return objects, [f'-DGRPO_CUDA="{built}"']
+
+
+def _run(*command: str) -> str:
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
 def extensions() -> list[Extension]:
@@ -66,10 +117,8 @@ def extensions() -> list[Extension]:
         raise ValueError(f"GRPO_KERNELS_BUILD must be auto, cpu, cuda or none, got {MODE!r}")
     if MODE == "none":
         return []
-    if MODE == "cuda" and not (CSRC / "cuda").is_dir():
-        raise ValueError("GRPO_KERNELS_BUILD=cuda: this version has no CUDA kernels (csrc/cuda); use auto or cpu")
     sources = sorted(str(path) for path in CSRC.rglob("*.cpp"))
-    headers = sorted(str(path) for path in CSRC.rglob("*.h"))
+    headers = sorted(str(path) for pattern in ("*.h", "*.cuh", "*.cu") for path in CSRC.rglob(pattern))
     return [Extension("grpo_kernels._C", sources, depends=headers, language="c++", optional=MODE == "auto")]
 
 

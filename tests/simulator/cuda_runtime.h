@@ -1,0 +1,180 @@
+// A block simulator: the .cu files of csrc/cuda compiled by g++ for the CPU. Threads of a block are fibers that run until
+// they wait, in an order shuffled anew; blocks run one after another in shuffled order. It finds missing and divergent
+// barriers, wrong tickets, wrong offsets. It cannot find a missing memory fence.
+#pragma once
+
+#include <ucontext.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <limits>
+#include <numeric>
+#include <random>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#define __global__
+#define __device__
+#define __host__
+#define __shared__ static
+#define __align__(n) __attribute__((aligned(n)))
+#define __forceinline__ inline __attribute__((always_inline))
+#define __grid_constant__
+#define __launch_bounds__(...)
+
+struct dim3 {
+  unsigned x, y, z;
+  dim3(unsigned x_ = 1, unsigned y_ = 1, unsigned z_ = 1) : x(x_), y(y_), z(z_) {}
+};
+
+inline dim3 threadIdx, blockIdx, blockDim, gridDim;
+
+namespace simulator {
+
+constexpr size_t kStack = 1 << 18;
+
+struct Fiber {
+  ucontext_t context;
+  std::vector<char> stack = std::vector<char>(kStack);
+  bool done = false;
+  int waits_at = 0;  // line of the block's barrier; negative: of a shuffle
+};
+
+inline std::vector<Fiber> fibers;
+inline ucontext_t scheduler;
+inline unsigned current = 0;
+inline std::function<void()> body;
+inline std::string problem;  // raised in the scheduler: exceptions do not cross fibers
+inline unsigned char exchanged[1024][32];
+inline std::mt19937 random(1);
+
+inline void run_fiber() {
+  body();
+  fibers[current].done = true;
+}
+
+inline void wait_at(int line) {
+  Fiber& mine = fibers[current];
+  mine.waits_at = line;
+  swapcontext(&mine.context, &scheduler);
+}
+
+inline void resume(unsigned thread) {
+  current = thread;
+  threadIdx = dim3(thread);
+  fibers[thread].waits_at = 0;
+  swapcontext(&scheduler, &fibers[thread].context);
+}
+
+// Releases what waits together: a warp at its shuffle, or the whole block at one barrier.
+inline bool release(const std::vector<unsigned>& order, std::vector<bool>& ready) {
+  bool released = false;
+  const unsigned n = fibers.size();
+  for (unsigned warp = 0; warp < n; warp += 32) {
+    const int line = fibers[warp].waits_at;
+    bool together = line < 0;
+    for (unsigned t = warp; t < warp + 32; ++t) together = together && !fibers[t].done && fibers[t].waits_at == line;
+    for (unsigned t = warp; together && t < warp + 32; ++t) ready[t] = released = true;
+  }
+  if (released) return true;
+  const int line = fibers[order[0]].waits_at;
+  for (unsigned t = 0; t < n; ++t)
+    if (fibers[t].done || line <= 0 || fibers[t].waits_at != line) return false;
+  ready.assign(n, true);
+  return true;
+}
+
+inline void run_block(unsigned threads) {
+  if (threads % 32 != 0) throw std::runtime_error("simulator: a block must have whole warps");
+  fibers.resize(threads);
+  std::vector<unsigned> order(threads);
+  std::iota(order.begin(), order.end(), 0u);
+  for (Fiber& fiber : fibers) {
+    fiber.done = false;
+    getcontext(&fiber.context);
+    fiber.context.uc_stack = {fiber.stack.data(), 0, fiber.stack.size()};
+    fiber.context.uc_link = &scheduler;
+    makecontext(&fiber.context, run_fiber, 0);
+  }
+  std::vector<bool> ready(threads, true);
+  for (;;) {
+    std::shuffle(order.begin(), order.end(), random);
+    for (const unsigned thread : order)
+      if (ready[thread] && !fibers[thread].done) resume(thread);
+    if (std::all_of(fibers.begin(), fibers.end(), [](const Fiber& f) { return f.done; })) return;
+    ready.assign(threads, false);
+    if (!release(order, ready)) {
+      std::string lines;
+      for (const Fiber& f : fibers) {
+        const std::string line = f.done ? "ended" : std::to_string(std::abs(f.waits_at));
+        if (lines.find(line) == std::string::npos) lines += " " + line;
+      }
+      throw std::runtime_error("simulator: divergent barriers: threads of a block wait at lines" + lines);
+    }
+  }
+}
+
+inline int64_t index_in(const dim3& grid, int64_t i) {
+  blockIdx = dim3(i % grid.x, i / grid.x % grid.y, i / grid.x / grid.y);
+  return i;
+}
+
+template <class Kernel, class... Arguments>
+void launch(Kernel kernel, dim3 grid, unsigned threads, const Arguments&... arguments) {
+  gridDim = grid;
+  blockDim = dim3(threads);
+  body = [&] { kernel(arguments...); };
+  std::vector<int64_t> blocks(int64_t(grid.x) * grid.y * grid.z);
+  std::iota(blocks.begin(), blocks.end(), int64_t(0));
+  std::shuffle(blocks.begin(), blocks.end(), random);
+  for (const int64_t block : blocks) {
+    index_in(grid, block);
+    run_block(threads);
+  }
+}
+
+template <class T>
+T exchange(T x, unsigned from_lane_mask, int line) {
+  static_assert(sizeof(T) <= sizeof(exchanged[0]), "a shuffle of a wide type");
+  const unsigned mine = current;
+  std::memcpy(exchanged[mine], &x, sizeof x);
+  wait_at(-line);
+  T other;
+  std::memcpy(&other, exchanged[mine ^ from_lane_mask], sizeof other);
+  wait_at(-line - 100000);  // nobody writes again before all have read
+  return other;
+}
+
+}  // namespace simulator
+
+#define __syncthreads() simulator::wait_at(__LINE__)
+#define __shfl_xor_sync(mask, x, distance) simulator::exchange(x, distance, __LINE__)
+#define GRPO_LAUNCH(kernel, grid, threads, stream, ...) \
+  ((void)(stream), simulator::launch(kernel, grid, threads, __VA_ARGS__))
+
+inline void __threadfence() {}
+inline unsigned atomicAdd(unsigned* address, unsigned value) {
+  const unsigned before = *address;
+  *address += value;
+  return before;
+}
+inline float __expf(float x) { return std::exp(x); }
+
+using cudaStream_t = void*;
+using cudaError_t = int;
+constexpr cudaError_t cudaSuccess = 0;
+inline cudaError_t next_error = cudaSuccess;  // tests set it
+inline cudaError_t cudaGetLastError() {
+  const cudaError_t error = next_error;
+  next_error = cudaSuccess;
+  return error;
+}
+inline cudaError_t cudaGetDevice(int* device) { return *device = 0; }
+inline cudaError_t cudaSetDevice(int) { return cudaSuccess; }
+inline const char* cudaGetErrorString(cudaError_t) { return "an error that a test asked for"; }
+inline const char* cudaGetErrorName(cudaError_t) { return "cudaErrorSimulated"; }
