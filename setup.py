@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -36,7 +37,14 @@ NVCC = os.environ.get("NVCC") or "nvcc"  # it finds its own headers and librarie
 ARCHITECTURES = ("sm_80", "sm_90a", "sm_100")
 PTX = "compute_80"
 CUDA_FLAGS = [
-    *("-std=c++17", "-O3", "-lineinfo", "--expt-relaxed-constexpr", "-ftz=true", "-Xcompiler=-fPIC,-fvisibility=hidden"),
+    *(
+        "-std=c++17",
+        "-O3",
+        "-lineinfo",
+        "--expt-relaxed-constexpr",
+        "-ftz=true",
+        "-Xcompiler=-fPIC,-fvisibility=hidden",
+    ),
     *("-Xfatbin=-compress-all", "-Xptxas=-warn-spills,-warn-lmem-usage,-Werror"),  # a spill is an error
 ]
 CUDA_MEND = "nvcc on the PATH, or named in NVCC (CUDA 12.0 or later), with a g++ that it takes"
@@ -95,15 +103,19 @@ class BuildKernels(build_ext):
         """(objects, what to tell bindings.cpp of them)"""
         version = re.search(r"V([\d.]+)", _run(NVCC, "--version"))
         known = _run(NVCC, "--list-gpu-code").split()
-        architectures = [name for name in ARCHITECTURES if name in known]
+        architectures = [name for name in ARCHITECTURES if name.rstrip("a") in known]  # sm_90a is not listed
         codes = [f"-gencode=arch={name.replace('sm', 'compute')},code={name}" for name in architectures]
         codes.append(f"-gencode=arch={PTX},code={PTX}")
         folder = Path(self.build_temp, "cuda")
         folder.mkdir(parents=True, exist_ok=True)
-        objects = []
-        for source in sorted((CSRC / "cuda").glob("*.cu")):
-            objects.append(str(folder / f"{source.stem}.o"))
-            _run(NVCC, "--threads=0", *CUDA_FLAGS, *codes, "-c", str(source), "-o", objects[-1])
+        sources = sorted((CSRC / "cuda").glob("*.cu"))
+        objects = [str(folder / f"{source.stem}.o") for source in sources]
+
+        def compiled(source: Path, made: str) -> None:
+            _run(NVCC, "--threads=0", *CUDA_FLAGS, *codes, "-c", str(source), "-o", made)
+
+        with ThreadPoolExecutor() as pool:
+            list(pool.map(compiled, sources, objects))  # raises what one of them raised
         built = f"nvcc {version[1] if version else '?'}, {' '.join([*architectures, PTX])}"
         return objects, [f'-DGRPO_CUDA="{built}"']
 

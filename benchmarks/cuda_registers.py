@@ -1,6 +1,6 @@
-"""Registers and shared memory of the CUDA kernels for each architecture, by nvcc, which needs no GPU. Spills are errors.
+"""Registers and shared memory of the CUDA kernels for each architecture, by nvcc, without a GPU. Spills are errors.
 
-    python benchmarks/cuda_registers.py [80 90a 100]
+python benchmarks/cuda_registers.py [80 90a 100]
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ def registers(architecture: str, source: Path) -> list[str]:
         ran = subprocess.run(command, capture_output=True, text=True, check=False)
     if ran.returncode:
         raise RuntimeError(ran.stderr)
-    pattern = r"entry function '\w*?(\d+)((?:group_robust|logps|merge)\w*?_kernel)I\w*?(Float32|Bfloat16|Float16|Float64|[fd])E"
+    kernel, real = r"((?:group_robust|logps|merge)\w*?_kernel)", r"(Float32|Bfloat16|Float16|Float64|[fd])"
+    pattern = rf"entry function '\w*?(\d+){kernel}I\w*?{real}E"
     lines, name = [], None
     for line in ran.stderr.splitlines():
         found = re.search(pattern, line)

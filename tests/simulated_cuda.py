@@ -44,7 +44,9 @@ def compiled(csrc: Path) -> Path:
     sources = [simulator / "module.cpp", *sorted((csrc / "cuda").glob("*.cu"))]
     read = [path for folder in (simulator, csrc) for path in sorted(folder.rglob("*")) if path.is_file()]
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in read) + repr((FLAGS, THREADS)).encode())
-    target = ROOT / "build" / "simulator" / digest.hexdigest()[:16] / f"_simulated{sysconfig.get_config_var('EXT_SUFFIX')}"
+    target = (
+        ROOT / "build" / "simulator" / digest.hexdigest()[:16] / f"_simulated{sysconfig.get_config_var('EXT_SUFFIX')}"
+    )
     if target.exists():
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -56,7 +58,8 @@ def compiled(csrc: Path) -> Path:
             subprocess.Popen([*common, "-c", "-x", "c++", str(path), "-o", made])
             for path, made in zip(sources, objects, strict=True)
         ]
-        if any([process.wait() for process in started]):
+        codes = [process.wait() for process in started]
+        if any(codes):
             raise RuntimeError("the simulated kernels do not compile")
         subprocess.run([*common, *objects, "-o", f"{folder}/{target.name}"], check=True)
         os.replace(f"{folder}/{target.name}", target)  # another session may be doing the same

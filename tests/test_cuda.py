@@ -1,6 +1,6 @@
 """The CUDA kernels without a GPU: their source on the block simulator, and compiled by nvcc where there is one.
 
-With a GPU tests/test_gpu.py runs the real ones. The shared tests take the simulated kernels as backend `cuda-simulated`.
+With a GPU tests/test_gpu.py runs the real ones. The shared tests take the simulated ones as backend `cuda-simulated`.
 """
 
 from __future__ import annotations
@@ -320,7 +320,9 @@ def test_cuda_says_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(NotImplementedError, match="logits are on cpu, needs a CUDA device"):
         dispatch.select("cuda", request)
     on_gpu = dispatch.Request("logits", (2, 3, 5), torch.float32, torch.device("cuda", 0))
-    with pytest.raises(NotImplementedError, match=r"capability is 8\.0, the kernels were built by nvcc 13\.0\.88, sm_90a"):
+    with pytest.raises(
+        NotImplementedError, match=r"capability is 8\.0, the kernels were built by nvcc 13\.0\.88, sm_90a"
+    ):
         dispatch.select("cuda", on_gpu)
 
 

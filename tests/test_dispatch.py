@@ -107,7 +107,7 @@ def test_nothing_can_run(monkeypatch: pytest.MonkeyPatch, fussy: dispatch.Backen
 
 def test_unknown_name() -> None:
     with pytest.raises(
-        ValueError, match="backend must be one of 'auto', 'triton', 'cuda', 'cpp', 'torch', 'reference'.*, got 'tritn'"
+        ValueError, match=r"backend must be one of 'auto', 'triton', 'cuda', 'cpp', 'torch', 'reference'.*, got 'tritn'"
     ):
         dispatch.select("tritn", REQUEST)
 

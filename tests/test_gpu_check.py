@@ -57,7 +57,7 @@ def test_unknown_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
     monkeypatch.setattr(sys, "argv", ["gpu_check.py", "--out", str(tmp_path), "--stages", "facts,bnch"])
     with pytest.raises(SystemExit):
         gpu_check.main()
-    assert "bnch not among facts, kernels, tests" in capsys.readouterr().err
+    assert "bnch not among csrc, facts, kernels, tests" in capsys.readouterr().err
 
 
 def test_a_stage_that_fails_or_hangs_is_recorded() -> None:

@@ -63,7 +63,7 @@ __device__ __forceinline__ typename Format::Real scale_of(const Rows& rows, cons
 
 // Columns of a tile: kLoads vectors a thread, all loaded before the first is stored.
 template <class Format>
-constexpr int64_t kTile = int64_t(kThreads) * kLoads * Vector<Format>::kElements;
+constexpr int64_t kTile = int64_t(kThreads) * kLoads<Format> * Vector<Format>::kElements;
 
 template <class Format>
 __global__ void __launch_bounds__(kThreads, kBlocks)
@@ -94,16 +94,16 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
 
   const auto* vectors = reinterpret_cast<const Vector<Format>*>(x + pieces.head);
   auto* out_vectors = reinterpret_cast<Vector<Format>*>(out + pieces.head);
-  for (int64_t tile = blockIdx.y; tile * kLoads * blockDim.x < pieces.vectors; tile += gridDim.y) {
-    const int64_t begin = tile * kLoads * blockDim.x + threadIdx.x;
-    Vector<Format> loaded[kLoads];
+  for (int64_t tile = blockIdx.y; tile * kLoads<Format> * blockDim.x < pieces.vectors; tile += gridDim.y) {
+    const int64_t begin = tile * kLoads<Format> * blockDim.x + threadIdx.x;
+    Vector<Format> loaded[kLoads<Format>];
 #pragma unroll
-    for (int load = 0; load < kLoads; ++load) {
+    for (int load = 0; load < kLoads<Format>; ++load) {
       const int64_t i = begin + load * int64_t(blockDim.x);
       if (counted && i < pieces.vectors) loaded[load] = vectors[i];
     }
 #pragma unroll
-    for (int load = 0; load < kLoads; ++load) {
+    for (int load = 0; load < kLoads<Format>; ++load) {
       const int64_t i = begin + load * int64_t(blockDim.x);
       if (i < pieces.vectors)
         out_vectors[i] = counted ? of_row.of(loaded[load], pieces.head + i * kElements) : Vector<Format>{};

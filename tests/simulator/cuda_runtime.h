@@ -3,6 +3,7 @@
 // barriers, wrong tickets, wrong offsets. It cannot find a missing memory fence.
 #pragma once
 
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <algorithm>
@@ -39,36 +40,42 @@ namespace simulator {
 constexpr size_t kStack = 1 << 18;
 
 struct Fiber {
-  ucontext_t context;
+  ucontext_t context;  // to start it; from then on jumps, which unlike swapcontext() ask nothing of the system
+  jmp_buf place;
+  bool started = false;
   std::vector<char> stack = std::vector<char>(kStack);
   bool done = false;
   int waits_at = 0;  // line of the block's barrier; negative: of a shuffle
 };
 
 inline std::vector<Fiber> fibers;
-inline ucontext_t scheduler;
+inline jmp_buf scheduler;
 inline unsigned current = 0;
 inline std::function<void()> body;
-inline std::string problem;  // raised in the scheduler: exceptions do not cross fibers
 inline unsigned char exchanged[1024][32];
 inline std::mt19937 random(1);
 
 inline void run_fiber() {
   body();
   fibers[current].done = true;
+  _longjmp(scheduler, 1);
 }
 
 inline void wait_at(int line) {
   Fiber& mine = fibers[current];
   mine.waits_at = line;
-  swapcontext(&mine.context, &scheduler);
+  if (_setjmp(mine.place) == 0) _longjmp(scheduler, 1);
 }
 
 inline void resume(unsigned thread) {
   current = thread;
   threadIdx = dim3(thread);
-  fibers[thread].waits_at = 0;
-  swapcontext(&scheduler, &fibers[thread].context);
+  Fiber& next = fibers[thread];
+  next.waits_at = 0;
+  if (_setjmp(scheduler) != 0) return;
+  if (next.started) _longjmp(next.place, 1);
+  next.started = true;
+  setcontext(&next.context);
 }
 
 // Releases what waits together: a warp at its shuffle, or the whole block at one barrier.
@@ -95,10 +102,10 @@ inline void run_block(unsigned threads) {
   std::vector<unsigned> order(threads);
   std::iota(order.begin(), order.end(), 0u);
   for (Fiber& fiber : fibers) {
-    fiber.done = false;
+    fiber.done = fiber.started = false;
     getcontext(&fiber.context);
     fiber.context.uc_stack = {fiber.stack.data(), 0, fiber.stack.size()};
-    fiber.context.uc_link = &scheduler;
+    fiber.context.uc_link = nullptr;
     makecontext(&fiber.context, run_fiber, 0);
   }
   std::vector<bool> ready(threads, true);
