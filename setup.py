@@ -88,24 +88,21 @@ class BuildKernels(build_ext):
                 extra_postargs=[*flags, *more],
             )
 
-        cuda_objects, of_cuda = self._cuda_objects() if with_cuda else ([], [])
+        architectures = _architectures() if with_cuda else []
+        of_cuda = [f'-DGRPO_CUDA="{_nvcc_version()}, {" ".join(architectures)}"'] if with_cuda else []
         objects = compiled(CSRC / "bindings.cpp", f'-DGRPO_BUILD_FLAGS="{" ".join(FLAGS)}"', *of_cuda)
         for name, set_flags in INSTRUCTION_SETS.items():
             objects += compiled(CSRC / "cpu" / "rows.cpp", f"-DGRPO_ISA={name}", *set_flags, folder=name)
         target = self.get_ext_fullpath(ext.name)
         if with_cuda:
+            objects += self._cuda_objects(architectures)
             Path(target).parent.mkdir(parents=True, exist_ok=True)
-            _run(NVCC, "-shared", "-cudart=static", "-Xcompiler=-pthread", *objects, *cuda_objects, "-o", target)
+            _run(NVCC, "-shared", "-cudart=static", "-Xcompiler=-pthread", *objects, "-o", target)
             return
         self.compiler.link_shared_object(objects, target, extra_postargs=["-pthread"], target_lang="c++")
 
-    def _cuda_objects(self) -> tuple[list[str], list[str]]:
-        """(objects, what to tell bindings.cpp of them)"""
-        version = re.search(r"V([\d.]+)", _run(NVCC, "--version"))
-        known = _run(NVCC, "--list-gpu-code").split()
-        architectures = [name for name in ARCHITECTURES if name.rstrip("a") in known]  # sm_90a is not listed
-        codes = [f"-gencode=arch={name.replace('sm', 'compute')},code={name}" for name in architectures]
-        codes.append(f"-gencode=arch={PTX},code={PTX}")
+    def _cuda_objects(self, architectures: list[str]) -> list[str]:
+        codes = [f"-gencode=arch={re.sub('^sm', 'compute', name)},code={name}" for name in architectures]
         folder = Path(self.build_temp, "cuda")
         folder.mkdir(parents=True, exist_ok=True)
         sources = sorted((CSRC / "cuda").glob("*.cu"))
@@ -116,8 +113,17 @@ class BuildKernels(build_ext):
 
         with ThreadPoolExecutor() as pool:
             list(pool.map(compiled, sources, objects))  # raises what one of them raised
-        built = f"nvcc {version[1] if version else '?'}, {' '.join([*architectures, PTX])}"
-        return objects, [f'-DGRPO_CUDA="{built}"']
+        return objects
+
+
+def _nvcc_version() -> str:
+    version = re.search(r"V([\d.]+)", _run(NVCC, "--version"))
+    return f"nvcc {version[1] if version else 'of an unknown version'}"
+
+
+def _architectures() -> list[str]:
+    known = _run(NVCC, "--list-gpu-code").split()
+    return [*(name for name in ARCHITECTURES if name.rstrip("a") in known), PTX]  # sm_90a is not listed
 
 
 def _run(*command: str) -> str:

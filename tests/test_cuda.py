@@ -6,6 +6,7 @@ With a GPU tests/test_gpu.py runs the real ones. The shared tests take the simul
 from __future__ import annotations
 
 import itertools
+import os
 import shutil
 import subprocess
 import sys
@@ -355,3 +356,17 @@ def test_kernels_compile_without_spills() -> None:
     assert ran.returncode == 0, ran.stdout + ran.stderr
     for name in ("group_robust_fwd_kernel", "group_robust_finish_kernel", "logps_fwd_kernel", "logps_bwd_kernel"):
         assert f"{name}[" in ran.stdout
+
+
+def test_a_build_without_nvcc(tmp_path: Path) -> None:
+    """GRPO_KERNELS_BUILD=cuda says what is missing, and stops."""
+    pytest.importorskip("setuptools", minversion="77")
+    pytest.importorskip("pybind11")
+    command = [sys.executable, "setup.py", "-q", "egg_info", f"--egg-base={tmp_path}", "build"]
+    environment = {**os.environ, "GRPO_KERNELS_BUILD": "cuda", "NVCC": "no-such-nvcc"}
+    ran = subprocess.run(
+        [*command, f"--build-base={tmp_path}"], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+    assert ran.returncode != 0
+    assert "the CUDA kernels were not built" in ran.stderr
+    assert "They need nvcc on the PATH, or named in NVCC" in ran.stderr
