@@ -48,16 +48,16 @@ struct Block {
   }
 };
 
-// Whether this block is the last of `expected` to arrive. What a block wrote before is seen by the last one after.
+// Whether this block is the last of `expected` to arrive. What thread 0 of a block stored before, all threads of the last
+// one may read after; other threads' stores are not covered.
 __device__ __forceinline__ bool last_to_arrive(unsigned int* ticket, int64_t expected) {
   __shared__ bool last;
-  __threadfence();  // each thread's own stores come before the ticket, for the whole device
-  __syncthreads();  // all threads' stores come before thread 0 takes the ticket
   if (threadIdx.x == 0) {
+    __threadfence();  // its own stores come before the ticket, for the whole device
     last = int64_t(atomicAdd(ticket, 1u)) == expected - 1;
     __threadfence();  // the others' stores are read after it
   }
-  __syncthreads();  // `last` is read by all threads; no one reads the others' stores before the ticket is taken
+  __syncthreads();  // `last` is read by all threads, and the others' stores only after the ticket is taken
   const bool mine = last;
   __syncthreads();  // the next ticket writes to the same place
   return mine;

@@ -1,5 +1,5 @@
 // A block simulator: the .cu files of csrc/cuda compiled by g++ for the CPU. Threads of a block are fibers that run until
-// they wait, in an order shuffled anew; blocks run one after another in shuffled order. It finds missing and divergent
+// they wait, warp by warp in random order; blocks run one after another in shuffled order. It finds missing and divergent
 // barriers, wrong tickets, wrong offsets. It cannot find a missing memory fence.
 #pragma once
 
@@ -78,28 +78,27 @@ inline void resume(unsigned thread) {
   setcontext(&next.context);
 }
 
-// Releases what waits together: a warp at its shuffle, or the whole block at one barrier.
-inline bool release(const std::vector<unsigned>& order, std::vector<bool>& ready) {
-  bool released = false;
-  const unsigned n = fibers.size();
-  for (unsigned warp = 0; warp < n; warp += 32) {
-    const int line = fibers[warp].waits_at;
-    bool together = line < 0;
-    for (unsigned t = warp; t < warp + 32; ++t) together = together && !fibers[t].done && fibers[t].waits_at == line;
-    for (unsigned t = warp; together && t < warp + 32; ++t) ready[t] = released = true;
-  }
-  if (released) return true;
-  const int line = fibers[order[0]].waits_at;
-  for (unsigned t = 0; t < n; ++t)
-    if (fibers[t].done || line <= 0 || fibers[t].waits_at != line) return false;
-  ready.assign(n, true);
+// Lets a warp go on that waits together at a shuffle.
+inline void release_warp(unsigned warp, std::vector<bool>& ready) {
+  const int line = fibers[warp].waits_at;
+  for (unsigned t = warp; t < warp + 32; ++t)
+    if (fibers[t].done || line >= 0 || fibers[t].waits_at != line) return;
+  for (unsigned t = warp; t < warp + 32; ++t) ready[t] = true;
+}
+
+// Lets the block go on if it waits together at one barrier.
+inline bool release_block(std::vector<bool>& ready) {
+  const int line = fibers[0].waits_at;
+  for (const Fiber& fiber : fibers)
+    if (fiber.done || line <= 0 || fiber.waits_at != line) return false;
+  ready.assign(fibers.size(), true);
   return true;
 }
 
 inline void run_block(unsigned threads) {
   if (threads % 32 != 0) throw std::runtime_error("simulator: a block must have whole warps");
   fibers.resize(threads);
-  std::vector<unsigned> order(threads);
+  std::vector<unsigned> order(32);
   std::iota(order.begin(), order.end(), 0u);
   for (Fiber& fiber : fibers) {
     fiber.done = fiber.started = false;
@@ -110,12 +109,24 @@ inline void run_block(unsigned threads) {
   }
   std::vector<bool> ready(threads, true);
   for (;;) {
-    std::shuffle(order.begin(), order.end(), random);
-    for (const unsigned thread : order)
-      if (ready[thread] && !fibers[thread].done) resume(thread);
+    // One warp at a time, at random: it may run ahead of the others as far as the barriers let it.
+    std::vector<unsigned> warps;
+    for (unsigned t = 0; t < threads; ++t)
+      if (ready[t] && (warps.empty() || warps.back() != t / 32 * 32)) warps.push_back(t / 32 * 32);
+    if (!warps.empty()) {
+      const unsigned warp = warps[random() % warps.size()];
+      std::shuffle(order.begin(), order.end(), random);
+      for (const unsigned lane : order) {
+        const unsigned thread = warp + lane;
+        if (!ready[thread]) continue;
+        ready[thread] = false;
+        resume(thread);
+      }
+      release_warp(warp, ready);
+      continue;
+    }
     if (std::all_of(fibers.begin(), fibers.end(), [](const Fiber& f) { return f.done; })) return;
-    ready.assign(threads, false);
-    if (!release(order, ready)) {
+    if (!release_block(ready)) {
       std::string lines;
       for (const Fiber& f : fibers) {
         const std::string line = f.done ? "ended" : std::to_string(std::abs(f.waits_at));
