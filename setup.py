@@ -6,6 +6,11 @@ error), cuda (those and the CUDA kernels, or an error), none (pure Python).
 
 import os
 import platform
+import re
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -27,6 +32,22 @@ if platform.machine().lower() in ("x86_64", "amd64"):
         *("-mavx2", "-mfma", "-mf16c", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"),
         *("-mprefer-vector-width=512", "-Wno-uninitialized", "-Wno-maybe-uninitialized"),
     ]
+NVCC = os.environ.get("NVCC") or "nvcc"  # it finds its own headers and libraries; it may be a wrapper script
+# For each GPU generation its own code, as far as this nvcc knows it, and PTX for those to come.
+ARCHITECTURES = ("sm_80", "sm_90a", "sm_100")
+PTX = "compute_80"
+CUDA_FLAGS = [
+    *(
+        "-std=c++17",
+        "-O3",
+        "-lineinfo",
+        "--expt-relaxed-constexpr",
+        "-ftz=true",
+        "-Xcompiler=-fPIC,-fvisibility=hidden",
+    ),
+    *("-Xfatbin=-compress-all", "-Xptxas=-warn-spills,-warn-lmem-usage,-Werror"),  # a spill is an error
+]
+CUDA_MEND = "nvcc on the PATH, or named in NVCC (CUDA 12.0 or later), with a g++ that it takes"
 MEND = "a C++17 compiler (Debian: apt install g++; or set CXX) and Python's headers (python3-dev)"
 
 
@@ -41,6 +62,19 @@ class BuildKernels(build_ext):
             ) from error
 
     def _compile_and_link(self, ext: Extension) -> None:
+        """With the CUDA kernels where they are asked for or can be had, else without."""
+        if MODE == "cuda" or (MODE == "auto" and shutil.which(NVCC)):
+            try:
+                return self._build(ext, with_cuda=True)
+            except (subprocess.CalledProcessError, OSError) as error:
+                said = getattr(error, "stderr", None) or error
+                text = f"the CUDA kernels were not built: {said}\nThey need {CUDA_MEND}."
+                if MODE == "cuda":
+                    raise CompileError(text) from error
+                print(f"warning: {text} The rest is built without them.", file=sys.stderr)
+        return self._build(ext, with_cuda=False)
+
+    def _build(self, ext: Extension, with_cuda: bool) -> None:
         import pybind11
 
         include_dirs = [*self.include_dirs, pybind11.get_include()]
@@ -54,11 +88,46 @@ class BuildKernels(build_ext):
                 extra_postargs=[*flags, *more],
             )
 
-        objects = compiled(CSRC / "bindings.cpp", f'-DGRPO_BUILD_FLAGS="{" ".join(FLAGS)}"')
+        architectures = _architectures() if with_cuda else []
+        of_cuda = [f'-DGRPO_CUDA="{_nvcc_version()}, {" ".join(architectures)}"'] if with_cuda else []
+        objects = compiled(CSRC / "bindings.cpp", f'-DGRPO_BUILD_FLAGS="{" ".join(FLAGS)}"', *of_cuda)
         for name, set_flags in INSTRUCTION_SETS.items():
             objects += compiled(CSRC / "cpu" / "rows.cpp", f"-DGRPO_ISA={name}", *set_flags, folder=name)
         target = self.get_ext_fullpath(ext.name)
+        if with_cuda:
+            objects += self._cuda_objects(architectures)
+            Path(target).parent.mkdir(parents=True, exist_ok=True)
+            _run(NVCC, "-shared", "-cudart=static", "-Xcompiler=-pthread", *objects, "-o", target)
+            return
         self.compiler.link_shared_object(objects, target, extra_postargs=["-pthread"], target_lang="c++")
+
+    def _cuda_objects(self, architectures: list[str]) -> list[str]:
+        codes = [f"-gencode=arch={re.sub('^sm', 'compute', name)},code={name}" for name in architectures]
+        folder = Path(self.build_temp, "cuda")
+        folder.mkdir(parents=True, exist_ok=True)
+        sources = sorted((CSRC / "cuda").glob("*.cu"))
+        objects = [str(folder / f"{source.stem}.o") for source in sources]
+
+        def compiled(source: Path, made: str) -> None:
+            _run(NVCC, "--threads=0", *CUDA_FLAGS, *codes, "-c", str(source), "-o", made)
+
+        with ThreadPoolExecutor() as pool:
+            list(pool.map(compiled, sources, objects))  # raises what one of them raised
+        return objects
+
+
+def _nvcc_version() -> str:
+    version = re.search(r"V([\d.]+)", _run(NVCC, "--version"))
+    return f"nvcc {version[1] if version else 'of an unknown version'}"
+
+
+def _architectures() -> list[str]:
+    known = _run(NVCC, "--list-gpu-code").split()
+    return [*(name for name in ARCHITECTURES if name.rstrip("a") in known), PTX]  # sm_90a is not listed
+
+
+def _run(*command: str) -> str:
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
 def extensions() -> list[Extension]:
@@ -66,10 +135,8 @@ def extensions() -> list[Extension]:
         raise ValueError(f"GRPO_KERNELS_BUILD must be auto, cpu, cuda or none, got {MODE!r}")
     if MODE == "none":
         return []
-    if MODE == "cuda" and not (CSRC / "cuda").is_dir():
-        raise ValueError("GRPO_KERNELS_BUILD=cuda: this version has no CUDA kernels (csrc/cuda); use auto or cpu")
     sources = sorted(str(path) for path in CSRC.rglob("*.cpp"))
-    headers = sorted(str(path) for path in CSRC.rglob("*.h"))
+    headers = sorted(str(path) for pattern in ("*.h", "*.cuh", "*.cu") for path in CSRC.rglob(pattern))
     return [Extension("grpo_kernels._C", sources, depends=headers, language="c++", optional=MODE == "auto")]
 
 

@@ -115,23 +115,35 @@ def _sanitizer_summary(output: str) -> list[str]:
     return [line.strip("= ") for line in output.splitlines() if "SUMMARY" in line]
 
 
+def _needs_nvcc() -> str | None:
+    return None if shutil.which(os.environ.get("NVCC") or "nvcc") else "nvcc is not on the PATH"
+
+
+def _csrc_commands() -> list[list[str]]:
+    """Build the extension with the CUDA kernels in place, then say which registers they take; a spill is a failure."""
+    script = "import os, runpy, sys; os.environ['GRPO_KERNELS_BUILD'] = 'cuda'; sys.argv[1:] = %r; %s"
+    build = script % (["-q", "build_ext", "--inplace"], "runpy.run_path('setup.py', run_name='__main__')")
+    return [_python("-c", build), _python("benchmarks/cuda_registers.py", "90a")]
+
+
 STAGES = (
+    Stage("csrc", 90, _csrc_commands, lambda output: re.findall(r"sm_\w+ .* registers", output), _needs_nvcc),
     Stage("facts", 30, lambda: [_python("-m", "grpo_kernels", "doctor", "--json")], _json_in),
     Stage("kernels", 60, lambda: [_python("-m", "grpo_kernels", "doctor", "--kernels", "--json")], _json_in),
     Stage("tests", 160, _test_commands, _test_counts, _needs_gpu),
-    Stage("sanitize", 80, _sanitizer_commands, _sanitizer_summary, _needs_sanitizer),
-    Stage("bench", 90, lambda: [_python("benchmarks/gpu_bench.py", "--seconds", "65")], _json_in, _needs_gpu),
+    Stage("sanitize", 60, _sanitizer_commands, _sanitizer_summary, _needs_sanitizer),
+    Stage("bench", 60, lambda: [_python("benchmarks/gpu_bench.py", "--seconds", "45")], _json_in, _needs_gpu),
     Stage(
         "bench_linear",
-        60,
-        lambda: [_python("benchmarks/gpu_bench_linear.py", "--seconds", "35")],
+        50,
+        lambda: [_python("benchmarks/gpu_bench_linear.py", "--seconds", "30")],
         _json_in,
         _needs_gpu,
     ),
     Stage(
         "tune",
-        50,
-        lambda: [_python("benchmarks/tune_tiles.py", "--json", "--seconds", "35")],
+        30,
+        lambda: [_python("benchmarks/tune_tiles.py", "--json", "--seconds", "20")],
         _json_in,
         _needs_gpu,
     ),

@@ -17,6 +17,10 @@
 #include "cpu/instruction_sets.h"
 #include "cpu/parallel.h"
 
+#if defined(GRPO_CUDA)
+#include "cuda/bindings.h"
+#endif
+
 #if !defined(GRPO_BUILD_FLAGS)
 #define GRPO_BUILD_FLAGS ""
 #endif
@@ -147,7 +151,11 @@ pybind11::dict build_info() {
 #else
   info["compiled"] = std::vector<std::string>{"baseline"};
 #endif
+#if defined(GRPO_CUDA)
+  info["cuda"] = GRPO_CUDA;  // nvcc's version and the architectures, as setup.py has it
+#else
   info["cuda"] = pybind11::none();  // no CUDA kernels in this build
+#endif
   return info;
 }
 
@@ -183,7 +191,7 @@ T log_sum_exp(const std::vector<std::vector<T>>& parts) {
 template <class T>
 std::tuple<std::vector<T>, std::vector<T>, std::vector<T>, bool> move_alpha(
     std::vector<T> log_alpha, const std::vector<T>& loss_sums, const std::vector<int64_t>& counts,
-    const std::vector<T>& group_sizes, bool importance, T step_size, T adjustment, T floor, T chi) {
+    const std::vector<int64_t>& group_sizes, bool importance, T step_size, T adjustment, T floor, T chi) {
   const int64_t num_groups = log_alpha.size();
   const GroupRule<T> rule{num_groups, importance ? Estimator::importance : Estimator::group_mean,
                           step_size,  adjustment,
@@ -223,6 +231,11 @@ PYBIND11_MODULE(_C, m) {
   m.def("token_logps_backward", &token_logps_backward);
   m.def("instruction_sets", &instruction_sets, "Those that this machine can run, best first.");
   m.def("build_info", &build_info, "Compiler, flags and instruction sets of this build.");
+
+#if defined(GRPO_CUDA)
+  pybind11::module_ cuda = m.def_submodule("cuda", "Private: use grpo_kernels.kernels.cuda.");
+  grpo::cuda::define_launches(cuda);
+#endif
 
   pybind11::module_ testing = m.def_submodule("testing", "What csrc/common computes; for tests.");
   define_mathematics<float>(testing, "float32");

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import cast
@@ -90,6 +91,55 @@ def _cpp_cannot_run(request: Request) -> list[str]:
     return [] if request.device.type == "cpu" else [f"{request.argument} are on {request.device}, needs the CPU"]
 
 
+def _cuda_build() -> str | None:
+    """How the CUDA kernels were built, "nvcc 13.0.88, sm_80 sm_90a compute_80"; None: this build has none."""
+    if EXTENSION_PROBLEM:
+        return None
+    build: str | None = importlib.import_module("grpo_kernels._C").build_info()["cuda"]
+    return build
+
+
+CUDA_BUILD = _cuda_build()
+
+
+def runs_on(build: str, capability: tuple[int, int]) -> bool:
+    """Whether code for one of the architectures in ``build`` runs on a GPU of this compute capability.
+
+    Machine code (sm_80) runs on its own generation, of the same or a later minor version; code that ends in a letter
+    (sm_90a) on that very version only; PTX (compute_80) on everything later.
+    """
+    for kind, major, minor, suffix in re.findall(r"\b(sm|compute)_(\d+)(\d)([a-z]?)\b", build):
+        built = (int(major), int(minor))
+        if suffix:
+            fits = built == capability
+        elif kind == "sm":
+            fits = built[0] == capability[0] and built <= capability
+        else:
+            fits = built <= capability
+        if fits:
+            return True
+    return False
+
+
+def _cuda_not_usable_here() -> list[str]:
+    if EXTENSION_PROBLEM:
+        return [EXTENSION_PROBLEM]
+    if CUDA_BUILD is None:
+        return ["the extension was built without CUDA kernels: pip install -e . with nvcc on the PATH"]
+    if not torch.cuda.is_available():
+        return ["there is no CUDA device"]
+    return []
+
+
+def _cuda_cannot_run(request: Request) -> list[str]:
+    if request.device.type != "cuda":
+        return [f"{request.argument} are on {request.device}, needs a CUDA device"]
+    capability = torch.cuda.get_device_capability(request.device)
+    if not runs_on(CUDA_BUILD or "", capability):
+        return [f"the device's capability is {capability[0]}.{capability[1]}, the kernels were built by {CUDA_BUILD}"]
+    return []
+
+
 # The order is that of preference: `auto` takes the first entry that can run the input.
 BACKENDS: list[BackendEntry] = [
     BackendEntry(
@@ -98,6 +148,16 @@ BACKENDS: list[BackendEntry] = [
         "grpo_kernels.kernels.triton",
         _triton_not_usable_here,
         _triton_cannot_run,
+        auto_devices=("cuda",),
+        fuses_loss=True,
+    ),
+    # After triton until both have been measured on a GPU: PyTorch for CUDA brings Triton, and it is tested more widely.
+    BackendEntry(
+        "cuda",
+        "CUDA kernels, NVIDIA GPUs of capability 8.0 and up",
+        "grpo_kernels.kernels.cuda",
+        _cuda_not_usable_here,
+        _cuda_cannot_run,
         auto_devices=("cuda",),
         fuses_loss=True,
     ),

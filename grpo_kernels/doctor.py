@@ -76,6 +76,7 @@ def command(as_json: bool, kernels: bool = False, linear: str | None = None, dty
     else:
         print(f"extension: {extension['compiler']}, {extension['flags']}")
         print(f"           instruction sets {', '.join(extension['compiled'])}; here {extension['usable'][0]} is used")
+        print(f"           CUDA kernels: {extension['cuda'] or 'none in this build'}")
     for device in found["devices"]:
         print(f"device {device}")
     print(f"backends, in the order that backend='auto' tries them ({dispatch.ENVIRONMENT_VARIABLE} names another):")

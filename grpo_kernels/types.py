@@ -12,7 +12,7 @@ LossType = Literal["sigmoid", "ipo", "hinge", "robust"]
 Estimator = Literal["importance", "group_mean"]
 UpdateMode = Literal["inline", "lagged"]
 Prior = Literal["uniform", "sizes"]
-Backend = Literal["auto", "triton", "cpp", "torch", "reference"]
+Backend = Literal["auto", "triton", "cuda", "cpp", "torch", "reference"]
 
 LOSS_TYPES: tuple[str, ...] = get_args(LossType)
 ESTIMATORS: tuple[str, ...] = get_args(Estimator)

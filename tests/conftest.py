@@ -10,7 +10,23 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
+import simulated_cuda
+
 import grpo_kernels as gk
+from grpo_kernels import dispatch
+
+SIMULATED = "cuda-simulated"  # the CUDA kernels on the CPU, for every test that takes the backend fixture
+if simulated_cuda.missing() is None:
+    dispatch.BACKENDS.append(
+        dispatch.BackendEntry(
+            SIMULATED,
+            "CUDA kernels on the block simulator",
+            "simulated_cuda",
+            cannot_run=lambda request: [] if request.device.type == "cpu" else ["needs the CPU"],
+            auto_devices=(),
+            fuses_loss=True,
+        )
+    )
 
 # Run by test_zero3.py under torchrun; importing it needs DeepSpeed, and collecting doctests would import it.
 collect_ignore = ["distributed/zero3.py"]
@@ -22,7 +38,7 @@ def _backends_and_devices() -> list[tuple[str, str]]:
     if not torch.cuda.is_available():
         return [(name, "cpu") for name in usable]
     on_cpu = [name for name in usable if name not in ("triton", "cuda")]
-    return [(name, "cuda") for name in usable if name != "cpp"] + [(name, "cpu") for name in on_cpu]
+    return [(name, "cuda") for name in usable if name not in ("cpp", SIMULATED)] + [(name, "cpu") for name in on_cpu]
 
 
 @pytest.fixture(params=_backends_and_devices(), ids=lambda pair: pair[0] if pair[1] == "cpu" else "-".join(pair))

@@ -9,7 +9,7 @@ from types import ModuleType
 
 import pytest
 import torch
-from conftest import batch
+from conftest import SIMULATED, batch
 
 import grpo_kernels as gk
 from grpo_kernels import dispatch
@@ -36,7 +36,7 @@ def fussy(monkeypatch: pytest.MonkeyPatch) -> dispatch.BackendEntry:
 
 
 def test_backends_lists_all_in_order() -> None:
-    assert list(gk.backends()) == ["triton", "cpp", "torch", "reference"]
+    assert [name for name in gk.backends() if name != SIMULATED] == ["triton", "cuda", "cpp", "torch", "reference"]
     assert gk.backends()["torch"] == gk.backends()["reference"] == []
 
 
@@ -107,7 +107,7 @@ def test_nothing_can_run(monkeypatch: pytest.MonkeyPatch, fussy: dispatch.Backen
 
 def test_unknown_name() -> None:
     with pytest.raises(
-        ValueError, match="backend must be one of 'auto', 'triton', 'cpp', 'torch', 'reference', got 'tritn'"
+        ValueError, match=r"backend must be one of 'auto', 'triton', 'cuda', 'cpp', 'torch', 'reference'.*, got 'tritn'"
     ):
         dispatch.select("tritn", REQUEST)
 

@@ -37,6 +37,7 @@ def test_dry_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every stage; compiling all kernels is cut short here, since test_triton.py compiles them."""
     stages = [replace(one, limit=3) if one.name == "kernels" else one for one in gpu_check.STAGES]
     monkeypatch.setattr(gpu_check, "STAGES", stages)
+    monkeypatch.setenv("NVCC", "no-such-nvcc")  # else it would write over the extension that these tests have loaded
     monkeypatch.setattr(sys, "argv", ["gpu_check.py", "--out", str(tmp_path)])
     code = gpu_check.main()
     records = {path.stem: json.loads(path.read_text()) for path in tmp_path.glob("*.json")}
@@ -45,7 +46,8 @@ def test_dry_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert code == int(records["kernels"]["outcome"] != "passed")
     assert records["facts"]["outcome"] == "passed"
     assert "triton" in records["facts"]["found"]["backends"]
-    for name in set(records) - {"facts", "kernels"}:
+    assert records["csrc"]["reason"] == "nvcc is not on the PATH"
+    for name in set(records) - {"csrc", "facts", "kernels"}:
         assert records[name]["outcome"] == "skipped"
         assert records[name]["reason"] == "there is no CUDA device"
     assert "| bench | skipped | 0.0 | there is no CUDA device |" in (tmp_path / "summary.md").read_text()
@@ -55,7 +57,7 @@ def test_unknown_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
     monkeypatch.setattr(sys, "argv", ["gpu_check.py", "--out", str(tmp_path), "--stages", "facts,bnch"])
     with pytest.raises(SystemExit):
         gpu_check.main()
-    assert "bnch not among facts, kernels, tests" in capsys.readouterr().err
+    assert "bnch not among csrc, facts, kernels, tests" in capsys.readouterr().err
 
 
 def test_a_stage_that_fails_or_hangs_is_recorded() -> None:

@@ -1,5 +1,8 @@
 // One step of alpha, as GroupWeights.update in grpo_kernels/group_weights.py defines it: group losses by the estimator,
 // exponentiated gradient ascent in the log domain, floor, chi. No scratch memory: K groups are passed over a few times.
+//
+// A team shares the groups out among threads: g = team.first(), then every team.step()-th. What is made of all groups
+// goes through team.total() and team.merged(), which give every thread the same number. On the CPU a thread is Alone.
 #pragma once
 
 #include <cmath>
@@ -10,6 +13,19 @@
 
 namespace grpo {
 
+struct Alone {
+  GRPO_HD int64_t first() const { return 0; }
+  GRPO_HD int64_t step() const { return 1; }
+  template <class T>
+  GRPO_HD T total(T x) const {
+    return x;
+  }
+  template <class T>
+  GRPO_HD MaxSum<T> merged(MaxSum<T> x) const {
+    return x;
+  }
+};
+
 enum class Estimator { importance, group_mean };
 
 template <class T>
@@ -17,10 +33,10 @@ struct GroupRule {
   int64_t num_groups;
   Estimator estimator;
   T step_size;
-  T adjustment;            // C: C / sqrt(N_g) is added to the losses that move alpha
-  T floor;                 // no alpha falls below floor / K
-  T chi;                   // 1: the method; 0: uniform weights
-  const T* group_sizes;    // (K,) N_g, or null where neither importance nor the adjustment asks for them
+  T adjustment;                // C: C / sqrt(N_g) is added to the losses that move alpha
+  T floor;                     // no alpha falls below floor / K
+  T chi;                       // 1: the method; 0: uniform weights
+  const int64_t* group_sizes;  // (K,) N_g, or null where neither importance nor the adjustment asks for them
 };
 
 // A batch: (K,) sums of pair losses, (K,) counts of pairs, and the totals over groups.
@@ -33,24 +49,31 @@ struct GroupStatistics {
   bool finite;
 };
 
-template <class T>
-GRPO_HD GroupStatistics<T> statistics_of(const GroupRule<T>& rule, const T* loss_sums, const int64_t* counts) {
-  GroupStatistics<T> batch{loss_sums, counts, 0, T(0), true};
-  for (int64_t g = 0; g < rule.num_groups; ++g) {
-    batch.total_count += counts[g];
-    if (rule.group_sizes != nullptr) batch.total_size += rule.group_sizes[g];
-    batch.finite = batch.finite && std::isfinite(loss_sums[g]);
+template <class T, class Team = Alone>
+GRPO_HD GroupStatistics<T> statistics_of(const GroupRule<T>& rule, const T* loss_sums, const int64_t* counts,
+                                         const Team& team = {}) {
+  int64_t count = 0, size = 0, broken = 0;
+  for (int64_t g = team.first(); g < rule.num_groups; g += team.step()) {
+    count += counts[g];
+    if (rule.group_sizes != nullptr) size += rule.group_sizes[g];
+    broken += !std::isfinite(loss_sums[g]);
   }
-  return batch;
+  count = team.total(count);
+  size = team.total(size);
+  return {loss_sums, counts, count, T(size), team.total(broken) == 0};
+}
+
+// d L_g / d (sum of the group's pair losses)
+template <class T>
+GRPO_HD T group_factor(const GroupRule<T>& rule, const GroupStatistics<T>& batch, int64_t g) {
+  if (rule.estimator == Estimator::group_mean) return T(1) / T(batch.counts[g] > 1 ? batch.counts[g] : 1);
+  return batch.total_size / T(rule.group_sizes[g]) / T(batch.total_count > 1 ? batch.total_count : 1);
 }
 
 // L_g
 template <class T>
 GRPO_HD T group_loss(const GroupRule<T>& rule, const GroupStatistics<T>& batch, int64_t g) {
-  const T sum = batch.loss_sums[g];
-  if (rule.estimator == Estimator::group_mean) return sum / T(batch.counts[g] > 1 ? batch.counts[g] : 1);
-  const T total = T(batch.total_count > 1 ? batch.total_count : 1);
-  return batch.total_size / rule.group_sizes[g] * sum / total;
+  return group_factor(rule, batch, g) * batch.loss_sums[g];
 }
 
 // d loss / d L_g
@@ -68,28 +91,30 @@ GRPO_HD bool moves(const GroupRule<T>& rule, const GroupStatistics<T>& batch, in
 template <class T>
 GRPO_HD T score(const GroupRule<T>& rule, const GroupStatistics<T>& batch, const T* log_alpha, int64_t g) {
   T loss = group_loss(rule, batch, g);
-  if (rule.adjustment != T(0)) loss += rule.adjustment / std::sqrt(rule.group_sizes[g]);
+  if (rule.adjustment != T(0)) loss += rule.adjustment / std::sqrt(T(rule.group_sizes[g]));
   return log_alpha[g] + rule.step_size * rule.chi * loss;
 }
 
 // alpha_g <- floor/K + (mass of the moving groups - floor/K each) * softmax_g(score) over them; the others keep theirs.
-// Moves log_alpha (K,) in place. A batch that is empty, or whose sums are not all finite, moves nothing.
-template <class T>
-GRPO_HD void move_log_alpha(const GroupRule<T>& rule, const GroupStatistics<T>& batch, T* log_alpha) {
+// Moves log_alpha (K,) in place; a thread touches its own groups only. A batch that is empty, or whose sums are not all
+// finite, moves nothing.
+template <class T, class Team = Alone>
+GRPO_HD void move_log_alpha(const GroupRule<T>& rule, const GroupStatistics<T>& batch, T* log_alpha,
+                            const Team& team = {}) {
   if (!batch.finite || batch.total_count == 0) return;
   MaxSum<T> scores, mass;
   int64_t moving = 0;
-  for (int64_t g = 0; g < rule.num_groups; ++g) {
+  for (int64_t g = team.first(); g < rule.num_groups; g += team.step()) {
     if (!moves(rule, batch, g)) continue;
     scores = merge(scores, MaxSum<T>{score(rule, batch, log_alpha, g), T(1)});
     mass = merge(mass, MaxSum<T>{log_alpha[g], T(1)});
     ++moving;
   }
-  const T log_scores = scores.log_sum_exp(), log_mass = mass.log_sum_exp();
+  const T log_scores = team.merged(scores).log_sum_exp(), log_mass = team.merged(mass).log_sum_exp();
   const T least = rule.floor / T(rule.num_groups);
-  const T above = std::exp(log_mass) - least * T(moving);
+  const T above = std::exp(log_mass) - least * T(team.total(moving));
   MaxSum<T> all;
-  for (int64_t g = 0; g < rule.num_groups; ++g) {
+  for (int64_t g = team.first(); g < rule.num_groups; g += team.step()) {
     if (moves(rule, batch, g)) {
       const T log_share = score(rule, batch, log_alpha, g) - log_scores;
       log_alpha[g] = rule.floor > T(0)
@@ -98,8 +123,8 @@ GRPO_HD void move_log_alpha(const GroupRule<T>& rule, const GroupStatistics<T>& 
     }
     all = merge(all, MaxSum<T>{log_alpha[g], T(1)});
   }
-  const T drift = all.log_sum_exp();  // rounding must not leave the simplex over a million steps
-  for (int64_t g = 0; g < rule.num_groups; ++g) log_alpha[g] -= drift;
+  const T drift = team.merged(all).log_sum_exp();  // rounding must not leave the simplex over a million steps
+  for (int64_t g = team.first(); g < rule.num_groups; g += team.step()) log_alpha[g] -= drift;
 }
 
 }  // namespace grpo

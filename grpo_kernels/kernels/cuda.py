@@ -1,0 +1,247 @@
+"""The `cuda` backend: csrc/cuda, bound as grpo_kernels._C.cuda, on the logits' device and PyTorch's current stream.
+
+The launches are those of kernels/triton: one forward and one backward, reading V, then reading V and writing V. What a
+launch needs of memory is allocated here; nothing synchronises, so that CUDA graphs can capture it.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from grpo_kernels.kernels.group_robust import SUMS, GroupRobustTables
+from grpo_kernels.kernels.rows import accumulation_dtype
+
+try:
+    from grpo_kernels._C import cuda as _built  # type: ignore[attr-defined, unused-ignore]
+except ImportError:
+    _built = None  # tests run these functions over the simulated kernels
+
+launches: Any = _built
+"""What launches the kernels; tests put the simulated ones here."""
+
+DTYPES = {
+    torch.float32: "float32",
+    torch.bfloat16: "bfloat16",
+    torch.float16: "float16",
+    torch.float64: "float64",
+}
+# A row is split over blocks only where the rows alone would leave multiprocessors idle. Not measured yet.
+BLOCKS_PER_MULTIPROCESSOR = 4
+MAX_SPLITS = 32
+BYTES_A_SPLIT = 1 << 15  # a shorter split costs more than it brings
+# With more groups than this the finish is a launch of its own, so that no block of the large one works for long alone.
+FUSED_GROUPS = 4096
+NOTHING = (0, 0)
+
+
+def token_logps_forward(
+    logits: Tensor, labels: Tensor, ignore_index: int, splits: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """The contract's function. ``splits``: blocks a row, by the rule above where None."""
+    acc = accumulation_dtype(logits)
+    token_logps = torch.empty(labels.shape, dtype=acc, device=logits.device)
+    lse = torch.empty(*labels.shape, 2, dtype=acc, device=logits.device)
+    splits = splits or row_splits(logits, labels.numel())
+    partial = _partial(lse, labels.numel(), splits)
+    labels = labels.contiguous()
+    launches.logps_forward(
+        _place(logits),
+        _dtype(logits),
+        _sizes(logits, labels, splits, ignore_index),
+        _matrix(logits),
+        _vector(labels),
+        (token_logps.data_ptr(), lse.data_ptr(), partial.data_ptr()),
+    )
+    return token_logps, lse
+
+
+def token_logps_backward(
+    dtoken_logps: Tensor,
+    logits: Tensor,
+    labels: Tensor,
+    lse: Tensor,
+    ignore_index: int,
+    out: Tensor,
+    factor: Tensor | None = None,
+    row_sequence: Tensor | None = None,
+) -> None:
+    """The contract's function, of `FusedKernelBackend`."""
+    acc = accumulation_dtype(logits)
+    for name, tensor, wanted, dtype in (
+        ("dtoken_logps", dtoken_logps, labels.shape if row_sequence is None else dtoken_logps.shape, acc),
+        ("lse", lse, (*labels.shape, 2), acc),
+        ("out", out, logits.shape, logits.dtype),
+    ):
+        if tensor.shape != wanted or tensor.dtype != dtype or tensor.device != logits.device:
+            raise ValueError(
+                f"{name} must be {tuple(wanted)} {dtype} on {logits.device}, "
+                f"got {tuple(tensor.shape)} {tensor.dtype} on {tensor.device}"
+            )
+    strides = dtoken_logps.stride()
+    of_rows = (strides[0], 0) if row_sequence is not None else strides if len(strides) == 2 else (0, *strides)
+    labels, lse = labels.contiguous(), lse.contiguous()
+    launches.logps_backward(
+        _place(logits),
+        _dtype(logits),
+        _sizes(logits, labels, 1, ignore_index),
+        _matrix(logits),
+        _vector(labels),
+        lse.data_ptr(),
+        (dtoken_logps.data_ptr(), *of_rows),
+        _vector(factor),
+        0 if row_sequence is None else row_sequence.data_ptr(),
+        _matrix(out),
+    )
+
+
+def group_robust_forward(
+    logits: Tensor,
+    labels: Tensor,
+    cu_seqlens: Tensor | None,
+    ref_logps: Tensor | None,
+    group_ids: Tensor,
+    beta: float | Tensor,
+    margin: Tensor | None,
+    weights: Tensor | None,
+    log_alpha: Tensor,
+    group_sizes: Tensor | None,
+    pending_sums: Tensor,
+    pending_counts: Tensor,
+    skipped_updates: Tensor,
+    *,
+    loss_type: str,
+    label_smoothing: float,
+    average: bool,
+    ignore_index: int,
+    estimator: str,
+    step_size: float,
+    adjustment: float,
+    floor: float,
+    chi: float,
+    update: str,
+    gradient_scale: float = 1.0,
+    whole_batch: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
+    splits: int | None = None,
+) -> GroupRobustTables:
+    """Everything after the logits, as in contract.py. ``splits``: blocks a row, by the rule above where None."""
+    num_sequences = labels.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    num_rows, num_pairs, num_groups = labels.numel(), num_sequences // 2, log_alpha.shape[0]
+    device, acc = logits.device, accumulation_dtype(logits)
+    splits = splits or row_splits(logits, num_rows)
+
+    def table(*shape: int, dtype: torch.dtype = acc) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=device)
+
+    tables = GroupRobustTables(
+        loss=table(),
+        sequences=table(4, num_sequences),
+        pairs=table(3, num_pairs),
+        groups=table(5, num_groups, dtype=torch.float64),
+        counts=table(num_groups, dtype=torch.int64),
+        lse=table(*labels.shape, 2),
+        row_sequence=table(0 if cu_seqlens is None else num_rows, dtype=torch.int32),
+    )
+    token_logps = table(num_rows)
+    partial = _partial(tables.lse, num_rows, splits)
+    # Zeros in their own right: sequences without rows have no block that writes theirs.
+    logps = torch.zeros(2, num_sequences, dtype=torch.float64, device=device)
+    tickets = torch.zeros(num_sequences + 1, dtype=torch.int32, device=device)
+    betas, beta = (beta, 0.0) if isinstance(beta, Tensor) else (None, beta)
+    # Copies, where one is needed, must live until the last launch below.
+    labels, ids = labels.contiguous(), group_ids.contiguous()
+    ends = None if cu_seqlens is None else cu_seqlens.contiguous()
+    given = [_as_reals(x) for x in (ref_logps, betas, margin, weights)]
+    in_tables = (tables.row_sequence, tickets, logps, *tables[1:3], tables.groups, tables.counts, tables.loss)
+    state = (log_alpha, group_sizes, pending_sums, pending_counts, skipped_updates)
+    arguments = (
+        _place(logits),
+        _dtype(logits),
+        _sizes(logits, labels, splits, ignore_index),
+        _matrix(logits),
+        _vector(labels),
+        (token_logps.data_ptr(), tables.lse.data_ptr(), partial.data_ptr()),
+        _vector(ends),
+        (num_sequences, num_groups),
+        tuple(x.data_ptr() for x in in_tables),
+        _vector(ids),
+        [_vector(x) for x in given],
+        tuple(_vector(x)[0] for x in state),
+        (beta, label_smoothing, step_size, adjustment, floor, chi, gradient_scale),
+        (loss_type, estimator, update),
+        average,
+    )
+    fits, alone = num_groups <= FUSED_GROUPS, whole_batch is None
+    # Stages: rows, pairs, alpha.
+    if num_rows:
+        launches.group_robust_forward(*arguments, (True, fits, fits and alone))
+    if not (num_rows and fits):
+        launches.group_robust_forward(*arguments, (False, True, alone))
+    if whole_batch is not None:
+        sums, counts = whole_batch(tables.groups[SUMS], tables.counts)
+        tables.groups[SUMS].copy_(sums)
+        tables.counts.copy_(counts)
+        launches.group_robust_forward(*arguments, (False, False, True))
+    return tables
+
+
+def row_splits(logits: Tensor, num_rows: int) -> int:
+    """Blocks a row."""
+    wanted = -(-BLOCKS_PER_MULTIPROCESSOR * _multiprocessors(logits.device) // max(1, num_rows))
+    useful = -(-logits.shape[-1] * logits.itemsize // BYTES_A_SPLIT)
+    return max(1, min(wanted, useful, MAX_SPLITS))
+
+
+def _partial(like: Tensor, num_rows: int, splits: int) -> Tensor:
+    """(2, rows, splits) where rows are split; otherwise nothing reads it."""
+    return like.new_empty(2 * num_rows * splits) if splits > 1 else like
+
+
+@functools.lru_cache(maxsize=64)
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+def _place(logits: Tensor) -> tuple[int, int]:
+    """(device, stream)"""
+    if logits.device.type != "cuda":
+        return (0, 0)  # the simulator
+    return logits.get_device(), torch.cuda.current_stream(logits.device).cuda_stream
+
+
+def _dtype(logits: Tensor) -> str:
+    if logits.dtype not in DTYPES:
+        raise TypeError(f"logits must be float32, bfloat16, float16 or float64, got {logits.dtype}")
+    return DTYPES[logits.dtype]
+
+
+def _sizes(logits: Tensor, labels: Tensor, splits: int, ignore_index: int) -> tuple[int, ...]:
+    if logits.dim() not in (2, 3):
+        raise ValueError(f"logits must have shape (S, T, V) or (N, V), got {tuple(logits.shape)}")
+    if labels.shape != logits.shape[:-1] or labels.device != logits.device:
+        raise ValueError(
+            f"labels must have shape {tuple(logits.shape[:-1])} on {logits.device}, "
+            f"got {tuple(labels.shape)} on {labels.device}"
+        )
+    if labels.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"labels must be int64 or int32, got {labels.dtype}")
+    return labels.numel(), logits.shape[-2], logits.shape[-1], splits, ignore_index
+
+
+def _matrix(logits: Tensor) -> tuple[int, ...]:
+    """(address, sequence, position and vocabulary strides); packed rows are one sequence."""
+    return (logits.data_ptr(), *((0,) if logits.dim() == 2 else ()), *logits.stride())
+
+
+def _vector(x: Tensor | None) -> tuple[int, int]:
+    return NOTHING if x is None else (x.data_ptr(), x.itemsize)
+
+
+def _as_reals(x: Tensor | None) -> Tensor | None:
+    if x is None:
+        return None
+    return (x if x.dtype in (torch.float32, torch.float64) else x.float()).contiguous()

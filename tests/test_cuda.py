@@ -1,0 +1,372 @@
+"""The CUDA kernels without a GPU: their source on the block simulator, and compiled by nvcc where there is one.
+
+With a GPU tests/test_gpu.py runs the real ones. The shared tests take the simulated ones as backend `cuda-simulated`.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import simulated_cuda
+import torch
+import torch.nn.functional as F
+import truth
+from conftest import SIMULATED, batch
+
+import grpo_kernels as gk
+from grpo_kernels import dispatch
+from grpo_kernels.kernels import cuda
+
+ROOT = Path(__file__).parent.parent
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+IDS, SIZES = torch.tensor([1, 0, 2, 1]), [60, 35, 5]
+
+
+@pytest.fixture
+def simulated(monkeypatch: pytest.MonkeyPatch):
+    """kernels/cuda.py over the simulator; every torch.empty is filled with NaN."""
+    if simulated_cuda.missing():
+        pytest.skip(simulated_cuda.missing())
+    module = simulated_cuda.simulated()
+    monkeypatch.setattr(cuda, "launches", module)
+    torch.use_deterministic_algorithms(True)
+    yield module
+    torch.use_deterministic_algorithms(False)
+
+
+def rows(vocab: int, dtype: torch.dtype, num_rows: int = 5) -> tuple[torch.Tensor, torch.Tensor]:
+    logits = (3 * torch.randn(num_rows, vocab)).to(dtype)
+    labels = torch.randint(0, vocab, (num_rows,))
+    labels[0], labels[1], labels[num_rows - 2] = vocab - 1, 0, -100
+    return logits, labels
+
+
+def check(logits: torch.Tensor, labels: torch.Tensor, out: torch.Tensor | None = None, **options: int) -> None:
+    got, lse = cuda.token_logps_forward(logits, labels, -100, **options)
+    exact, slopes = truth.token_terms(logits, labels)
+    torch.testing.assert_close(got.double(), exact, rtol=2e-6, atol=2e-6)
+    out = torch.full_like(logits, torch.nan) if out is None else out
+    upstream = torch.linspace(-1, 2, labels.numel(), dtype=lse.dtype).view(labels.shape)
+    cuda.token_logps_backward(upstream, logits, labels, lse, -100, out)
+    eps = torch.finfo(logits.dtype).eps
+    torch.testing.assert_close(out.double(), upstream.double().unsqueeze(-1) * slopes, rtol=max(2e-6, eps), atol=1e-6)
+
+
+@pytest.mark.usefixtures("simulated")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("vocab", [1, 2, 7, 8, 9, 16, 33, 129, 511, 512, 513, 2048, 2049, 4103])
+def test_any_vocabulary(dtype: torch.dtype, vocab: int) -> None:
+    check(*rows(vocab, dtype))
+
+
+@pytest.mark.usefixtures("simulated")
+@pytest.mark.parametrize("splits", [2, 3, 8])
+@pytest.mark.parametrize("vocab", [1, 31, 600, 5003])
+def test_any_number_of_splits(splits: int, vocab: int) -> None:
+    check(*rows(vocab, torch.float32), splits=splits)
+    check(*rows(vocab, torch.bfloat16), splits=splits)
+
+
+@pytest.mark.usefixtures("simulated")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("offset", [0, 1, 3, 8])
+@pytest.mark.parametrize("stride", [300, 301, 304])
+def test_rows_that_begin_anywhere(dtype: torch.dtype, offset: int, stride: int) -> None:
+    """Neighbours of a row hold huge numbers: reading one column too many would show, and writing one too."""
+    vocab = 290
+    storage = torch.full((offset + 5 * stride + 16,), 3e4).to(dtype)
+    view = storage.as_strided((5, vocab), (stride, 1), offset)
+    values, labels = rows(vocab, dtype)
+    view.copy_(values)
+    check(view, labels)
+    check(view, labels, out=view)
+    untouched = torch.ones_like(storage, dtype=torch.bool)
+    untouched.as_strided((5, vocab), (stride, 1), offset).fill_(False)
+    assert (storage[untouched] == torch.tensor(3e4).to(dtype)).all()
+
+
+@pytest.mark.usefixtures("simulated")
+def test_strided_vocabulary_and_labels() -> None:
+    logits, labels = rows(70, torch.float32)
+    check(logits.t().contiguous().t(), labels)
+    check(logits, labels, out=torch.full((70, 5), torch.nan).t())
+    check(logits, labels.int().repeat_interleave(3)[::3])
+
+
+@pytest.mark.usefixtures("simulated")
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_labels_outside_the_vocabulary(dtype: torch.dtype) -> None:
+    logits = torch.randn(6, 50).to(dtype)
+    labels = torch.tensor([-1, 50, 3, 2**40, -(2**40), -100])
+    logits[5] = torch.nan
+    for splits in (1, 3):
+        token_logps, lse = cuda.token_logps_forward(logits, labels, -100, splits=splits)
+        grad = torch.zeros_like(logits)
+        cuda.token_logps_backward(torch.ones_like(token_logps), logits, labels, lse, -100, grad)
+        bad = torch.tensor([True, True, False, True, True, False])
+        for result in (token_logps, lse, grad):
+            assert torch.equal(result.isnan().view(6, -1).all(1), bad)
+            assert torch.equal(result.isnan().view(6, -1).any(1), bad)
+            assert (result[5] == 0).all()
+
+
+@pytest.mark.usefixtures("simulated")
+def test_far_out_logits() -> None:
+    logits = torch.tensor([[-torch.inf, 2.0, -torch.inf], [1e4, 1e4, -1e4], [-3e4, -3e4, -3e4], [0.0, torch.nan, 0.0]])
+    token_logps, _ = cuda.token_logps_forward(logits, torch.tensor([1, 0, 2, 0]), -100)
+    torch.testing.assert_close(token_logps, torch.tensor([0.0, -(2.0**0.5), 0, 0]).log().new_tensor(
+        [0.0, -0.6931472, -1.0986123, torch.nan]
+    ), equal_nan=True)  # fmt: skip
+
+
+# -- the fused forward -----------------------------------------------------------------------------------------------
+
+
+def loss_of(backend: str, loss_options: dict, **group_options) -> gk.GroupRobustLoss:
+    weights = gk.GroupWeights(**{"group_sizes": SIZES, "step_size": 0.3, **group_options})
+    return gk.GroupRobustLoss(weights, backend=backend, **loss_options)
+
+
+def assert_same_method(loss_options: dict, group_options: dict, calls: list, tolerance: float = 1e-11) -> None:
+    """Fused and unfused give the same outputs, gradients and state in float64, call after call."""
+    fused, plain = loss_of(SIMULATED, loss_options, **group_options), loss_of("torch", loss_options, **group_options)
+    for (logits, *rest), options in calls:
+        leaves = [logits.detach().requires_grad_() for _ in range(2)]
+        results = [m(leaf, *rest, **options) for m, leaf in zip((fused, plain), leaves, strict=True)]
+        for name, got, expected in zip(gk.GroupRobustOutput._fields, *results, strict=True):
+            assert got.dtype == expected.dtype, name
+            torch.testing.assert_close(got, expected, rtol=tolerance, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}")
+        totals = [r.loss + r.pair_losses.sum() + 3 * r.group_losses.square().sum() for r in results]
+        for wanted in (lambda r, t: -2.5 * r.loss, lambda r, t: t):
+            grads = [
+                torch.autograd.grad(wanted(r, t), leaf, retain_graph=True)[0]
+                for r, t, leaf in zip(results, totals, leaves, strict=True)
+            ]
+            torch.testing.assert_close(*grads, rtol=tolerance, atol=tolerance)
+        for name, buffer in fused.group_weights.named_buffers():
+            expected = dict(plain.group_weights.named_buffers())[name]
+            torch.testing.assert_close(
+                buffer, expected, rtol=tolerance, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}"
+            )
+
+
+def two_calls(**options) -> list[tuple[tuple, dict]]:
+    calls = []
+    for seed in (1, 2):
+        logits, labels = batch(num_pairs=4, length=4, vocab=37, seed=seed)
+        ref = torch.randn(8, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+        calls.append(((logits, labels, IDS, ref), options))
+    return calls
+
+
+@pytest.mark.usefixtures("simulated")
+@pytest.mark.parametrize(
+    "loss_options",
+    [
+        {"loss_type": "sigmoid", "label_smoothing": 0.1},
+        {"loss_type": "ipo", "average_log_prob": True},
+        {"loss_type": "hinge", "beta": 0.02},
+        {"loss_type": "robust", "label_smoothing": 0.2, "shift_labels": True},
+    ],
+    ids=lambda options: options["loss_type"],
+)
+@pytest.mark.parametrize("estimator", ["importance", "group_mean"])
+@pytest.mark.parametrize(
+    "group_options",
+    [{}, {"adjustment": 2.0}, {"floor": 0.2}, {"chi": 0.4}, {"update": "lagged"}],
+    ids=lambda options: next(iter(options), "plain"),
+)
+def test_fused_is_the_method(loss_options: dict, estimator: str, group_options: dict) -> None:
+    assert_same_method(loss_options, {"estimator": estimator, **group_options}, two_calls())
+
+
+@pytest.mark.usefixtures("simulated")
+def test_fused_with_vectors_for_each_pair() -> None:
+    vectors = {
+        "beta": torch.tensor([0.1, 0.2, 0.05, 1.0], dtype=torch.float64),
+        "margin": torch.tensor([0.0, 1.0, -2.0, 0.5]),
+        "weights": torch.tensor([1.0, 0.0, 2.0, 0.5], dtype=torch.float64),
+    }
+    assert_same_method({}, {}, two_calls(**vectors))
+
+
+@pytest.mark.usefixtures("simulated")
+@pytest.mark.parametrize("splits", [1, 4])
+@pytest.mark.parametrize("average", [False, True])
+def test_fused_packed_with_empty_sequences(splits: int, average: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda, "row_splits", lambda *_: splits)
+    logits, labels = batch(num_pairs=4, length=4, vocab=400)
+    ends = torch.tensor([0, 0, 6, 7, 18, 18, 23, 32, 32])
+    call = ((logits.detach().flatten(0, 1), labels.flatten(), IDS, torch.zeros(8), ends), {})
+    assert_same_method({"average_log_prob": average}, {}, [call, call])
+
+
+@pytest.mark.usefixtures("simulated")
+@pytest.mark.parametrize("num_groups", [1, 64, 65, 5000])
+@pytest.mark.parametrize("estimator", ["importance", "group_mean"])
+def test_fused_with_any_number_of_groups(num_groups: int, estimator: str) -> None:
+    sizes = torch.arange(1, num_groups + 1).tolist()
+    ids = torch.tensor([0, num_groups - 1, num_groups // 2, num_groups // 2])
+    calls = [((x, y, ids, ref), {}) for (x, y, _, ref), _ in two_calls()]
+    assert_same_method({}, {"group_sizes": sizes, "estimator": estimator, "floor": 0.1}, calls)
+
+
+@pytest.mark.usefixtures("simulated")
+def test_fused_with_many_pairs_and_long_sequences() -> None:
+    logits, labels = batch(num_pairs=70, length=2, vocab=5)
+    ids = torch.arange(70) * 7 % 3
+    assert_same_method({"reference_free": True}, {}, [((logits, labels, ids), {})])
+    logits, labels = batch(num_pairs=1, length=150, vocab=5)
+    assert_same_method({"reference_free": True}, {}, [((logits, labels, ids[:1]), {})])
+
+
+@pytest.mark.usefixtures("simulated")
+@pytest.mark.parametrize("shape", [(4, 0, 7), (0, 3, 7), (0, 0, 7)])
+def test_fused_without_rows(shape: tuple[int, int, int]) -> None:
+    logits, labels = torch.zeros(shape, dtype=torch.float64), torch.zeros(shape[:2], dtype=torch.int64)
+    assert_same_method({}, {}, [((logits, labels, IDS[: shape[0] // 2], torch.zeros(shape[0])), {})])
+
+
+@pytest.mark.usefixtures("simulated")
+def test_fused_bad_ids_and_labels_give_nan_and_keep_alpha() -> None:
+    logits, labels = batch(num_pairs=4)
+    far = torch.tensor([0, 2**40, 1, 1])
+    for ids, bad_labels in ((far, labels), (torch.tensor([0, -1, 1, 1]).int(), labels), (IDS, labels + 5)):
+        loss_fn = loss_of(SIMULATED, {"reference_free": True})
+        with pytest.warns(RuntimeWarning, match="not finite"):
+            out = loss_fn(logits.detach(), bad_labels, ids)
+        assert out.loss.isnan()
+        assert int(loss_fn.group_weights.skipped_updates) == 1
+        torch.testing.assert_close(loss_fn.group_weights.alpha, torch.full((3,), 1 / 3, dtype=torch.float64))
+
+
+def test_any_order_of_blocks_and_threads_gives_the_same_bits(simulated) -> None:
+    (logits, labels, ids, ref), _ = two_calls()[0]
+    results = []
+    for seed in range(4):
+        simulated.seed(seed)
+        leaf = logits.detach().float().requires_grad_()
+        out = loss_of(SIMULATED, {})(leaf, labels, ids, ref)
+        (grad,) = torch.autograd.grad(out.loss, leaf)
+        results.append((out.loss, out.pair_losses, out.chosen_logps, out.alpha, grad))
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.usefixtures("simulated")
+def test_padded_packed_and_longer_agree() -> None:
+    logits, labels = batch(num_pairs=4, dtype=torch.float32)
+    padded = loss_of(SIMULATED, {"reference_free": True})(logits, labels, IDS)
+    ends = torch.tensor(list(itertools.accumulate([7] * 8, initial=0)))
+    flat = logits.detach().flatten(0, 1)
+    packed = loss_of(SIMULATED, {"reference_free": True})(flat, labels.flatten(), IDS, None, ends.int())
+    longer, more = F.pad(logits.detach(), (0, 0, 0, 3), value=torch.nan), F.pad(labels, (0, 3), value=-100)
+    padded_more = loss_of(SIMULATED, {"reference_free": True})(longer, more, IDS)
+    for other in (packed, padded_more):
+        assert torch.equal(padded.pair_losses, other.pair_losses)
+        assert torch.equal(padded.loss, other.loss)
+
+
+# -- launches --------------------------------------------------------------------------------------------------------
+
+
+def test_an_error_of_a_launch_reaches_python(simulated) -> None:
+    logits, labels = rows(9, torch.float32)
+    simulated.fail_next_launch()
+    with pytest.raises(RuntimeError, match=r"logps_fwd_kernel: an error that a test asked for \(cudaErrorSimulated\)"):
+        cuda.token_logps_forward(logits, labels, -100)
+
+
+@pytest.mark.usefixtures("simulated")
+def test_misuse_names_the_argument() -> None:
+    logits, labels = rows(9, torch.float32)
+    _, lse = cuda.token_logps_forward(logits, labels, -100)
+    with pytest.raises(TypeError, match=r"logits must be float32, .* got torch.int64"):
+        cuda.token_logps_forward(logits.long(), labels, -100)
+    with pytest.raises(ValueError, match=r"labels must have shape \(5,\)"):
+        cuda.token_logps_forward(logits, labels[:3], -100)
+    with pytest.raises(ValueError, match="out must be"):
+        cuda.token_logps_backward(lse[..., 0], logits, labels, lse, -100, logits.double())
+    with pytest.raises(ValueError, match="rows must be at least 0, got -1"):
+        cuda.launches.logps_forward((0, 0), "float32", (-1, 1, 9, 1, -100), (0, 0, 9, 1), (0, 8), (0, 0, 0))
+
+
+def test_which_builds_run_on_which_device() -> None:
+    build = "nvcc 13.0.88, sm_80 sm_90a sm_100 compute_80"
+    assert all(dispatch.runs_on(build, c) for c in ((8, 0), (8, 9), (9, 0), (10, 3), (12, 0)))
+    assert not dispatch.runs_on(build, (7, 5))
+    assert not dispatch.runs_on("nvcc 13.0.88, sm_90a", (10, 0))
+    assert dispatch.runs_on("nvcc 13.0.88, sm_90a", (9, 0))
+    assert not dispatch.runs_on("nvcc 13.0.88, sm_89", (8, 6))
+
+
+def test_cuda_says_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    request = dispatch.Request("logits", (2, 3, 5), torch.float32, torch.device("cpu"))
+    monkeypatch.setattr(dispatch, "EXTENSION_PROBLEM", None)
+    monkeypatch.setattr(dispatch, "CUDA_BUILD", None)
+    with pytest.raises(NotImplementedError, match="built without CUDA kernels"):
+        dispatch.select("cuda", request)
+    monkeypatch.setattr(dispatch, "CUDA_BUILD", "nvcc 13.0.88, sm_90a")
+    if not torch.cuda.is_available():
+        with pytest.raises(NotImplementedError, match="there is no CUDA device"):
+            dispatch.select("cuda", request)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
+    with pytest.raises(NotImplementedError, match="logits are on cpu, needs a CUDA device"):
+        dispatch.select("cuda", request)
+    on_gpu = dispatch.Request("logits", (2, 3, 5), torch.float32, torch.device("cuda", 0))
+    with pytest.raises(
+        NotImplementedError, match=r"capability is 8\.0, the kernels were built by nvcc 13\.0\.88, sm_90a"
+    ):
+        dispatch.select("cuda", on_gpu)
+
+
+def test_a_barrier_that_not_all_threads_reach_is_found(tmp_path: Path) -> None:
+    if simulated_cuda.missing():
+        pytest.skip(simulated_cuda.missing())
+    source = tmp_path / "divergent.cpp"
+    source.write_text(
+        '#include "cuda_runtime.h"\n#include <cstdio>\n'
+        "void kernel(int) { if (threadIdx.x < 40) __syncthreads(); }\n"
+        "int main() { try { GRPO_LAUNCH(kernel, dim3(1), 64, nullptr, 0); }\n"
+        "  catch (const std::exception& e) { std::puts(e.what()); } }\n"
+    )
+    program = tmp_path / "divergent"
+    include = f"-I{ROOT / 'tests' / 'simulator'}"
+    subprocess.run([simulated_cuda.COMPILER, "-std=c++17", include, str(source), "-o", str(program)], check=True)
+    said = subprocess.run([str(program)], capture_output=True, text=True, check=True).stdout
+    assert "divergent barriers" in said
+
+
+# -- nvcc ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="there is no nvcc")
+def test_kernels_compile_without_spills() -> None:
+    ran = subprocess.run(
+        [sys.executable, str(ROOT / "benchmarks" / "cuda_registers.py"), "90a"],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    for name in ("group_robust_fwd_kernel", "group_robust_finish_kernel", "logps_fwd_kernel", "logps_bwd_kernel"):
+        assert f"{name}[" in ran.stdout
+
+
+def test_a_build_without_nvcc(tmp_path: Path) -> None:
+    """GRPO_KERNELS_BUILD=cuda says what is missing, and stops."""
+    pytest.importorskip("setuptools", minversion="77")
+    pytest.importorskip("pybind11")
+    command = [sys.executable, "setup.py", "-q", "egg_info", f"--egg-base={tmp_path}", "build"]
+    environment = {**os.environ, "GRPO_KERNELS_BUILD": "cuda", "NVCC": "no-such-nvcc"}
+    ran = subprocess.run(
+        [*command, f"--build-base={tmp_path}"], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+    assert ran.returncode != 0
+    assert "the CUDA kernels were not built" in ran.stderr
+    assert "They need nvcc on the PATH, or named in NVCC" in ran.stderr
