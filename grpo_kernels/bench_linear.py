@@ -25,7 +25,11 @@ from grpo_kernels.bench_cases import LinearCase, cost
 from grpo_kernels.bench_machine import matrix_gflops, operator_calls, resident_kib
 from grpo_kernels.bench_peers import PEERS, Peer, Reference, dpo
 
-CASES = (LinearCase(8, 512, 512, 32_000, ignored=0.5), LinearCase(8, 512, 512, 32_000, reference=True))
+CASES = (
+    LinearCase(8, 512, 512, 32_000, ignored=0.5),
+    LinearCase(8, 512, 512, 32_000, ignored=0.5, reference=True),
+    LinearCase(8, 512, 512, 32_000, reference=True),
+)
 QUICK_CASES = (LinearCase(4, 64, 128, 8_000),)
 
 

@@ -141,7 +141,7 @@ def _bars(name: str, found: dict[str, Any], picture: Path) -> Path:
     if "bare_products_ms" in records[0]:
         bare = records[0]["bare_products_ms"]
         time_axes.axvline(bare, color="tab:red", linewidth=1)
-        time_axes.annotate("three bare matrix products", (bare, -0.75), color="tab:red", fontsize=8, ha="left")
+        time_axes.annotate("the bare matrix products", (bare, -0.75), color="tab:red", fontsize=8, ha="left")
     figure.suptitle(
         f"{name}: forward + backward\n{found['device']}, torch {found['torch']}, {found['date']}", fontsize=9
     )

@@ -358,15 +358,27 @@ def test_kernels_compile_without_spills() -> None:
         assert f"{name}[" in ran.stdout
 
 
-def test_a_build_without_nvcc(tmp_path: Path) -> None:
-    """GRPO_KERNELS_BUILD=cuda says what is missing, and stops."""
+def build(folder: Path, **environment: str) -> subprocess.CompletedProcess:
     pytest.importorskip("setuptools", minversion="77")
     pytest.importorskip("pybind11")
-    command = [sys.executable, "setup.py", "-q", "egg_info", f"--egg-base={tmp_path}", "build"]
-    environment = {**os.environ, "GRPO_KERNELS_BUILD": "cuda", "NVCC": "no-such-nvcc"}
-    ran = subprocess.run(
-        [*command, f"--build-base={tmp_path}"], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    command = [sys.executable, "setup.py", "-q", "egg_info", f"--egg-base={folder}", "build", f"--build-base={folder}"]
+    return subprocess.run(
+        command, cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True, check=False
     )
+
+
+def test_a_build_without_nvcc(tmp_path: Path) -> None:
+    """GRPO_KERNELS_BUILD=cuda says what is missing, and stops."""
+    ran = build(tmp_path, GRPO_KERNELS_BUILD="cuda", NVCC="no-such-nvcc")
     assert ran.returncode != 0
     assert "the CUDA kernels were not built" in ran.stderr
     assert "They need nvcc on the PATH, or named in NVCC" in ran.stderr
+
+
+def test_auto_goes_on_without_an_nvcc_that_works(tmp_path: Path) -> None:
+    """To the C++ kernels (here without a compiler, which takes less time), and from them to pure Python."""
+    ran = build(tmp_path, GRPO_KERNELS_BUILD="auto", NVCC="false", CC="no-such-compiler", CXX="no-such-compiler")
+    assert ran.returncode == 0, ran.stderr
+    assert "They need nvcc on the PATH, or named in NVCC" in ran.stderr
+    assert "The rest is built without them." in ran.stderr
+    assert "It needs a C++17 compiler" in ran.stderr
