@@ -13,8 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 import grpo_kernels as gk
 
 
-def main() -> None:
-    dist.init_process_group("gloo")
+def train() -> None:
     torch.manual_seed(0)
     model = DistributedDataParallel(TinyModel())
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
@@ -28,7 +27,12 @@ def main() -> None:
         optimizer.zero_grad()
         if dist.get_rank() == 0 and step % 5 == 4:
             print(f"step {step + 1}: loss {out.loss.item():.6f}, alpha {[round(a, 6) for a in out.alpha.tolist()]}")
-    dist.destroy_process_group()
+
+
+def main() -> None:
+    dist.init_process_group("gloo")
+    train()
+    dist.destroy_process_group()  # when the model is gone: it holds the group, too
 
 
 if __name__ == "__main__":

@@ -25,8 +25,7 @@ class ModelWithLoss(nn.Module):
         return self.loss_fn(hidden, self.model.head.weight, labels, group_ids, ref_logps=ref_logps)
 
 
-def main() -> None:
-    dist.init_process_group("gloo")
+def train() -> None:
     torch.manual_seed(0)
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     weights = gk.GroupWeights(group_sizes=[600, 350, 50], step_size=0.1)
@@ -40,7 +39,12 @@ def main() -> None:
         optimizer.zero_grad()
         if dist.get_rank() == 0 and step % 5 == 4:
             print(f"step {step + 1}: loss {out.loss.item():.6f}, alpha {[round(a, 6) for a in out.alpha.tolist()]}")
-    dist.destroy_process_group()
+
+
+def main() -> None:
+    dist.init_process_group("gloo")
+    train()
+    dist.destroy_process_group()  # when the model is gone: it holds the group, too
 
 
 if __name__ == "__main__":

@@ -18,9 +18,13 @@ RUN_ON = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node")
 
 def output_of(*command: str) -> str:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
-    ran = subprocess.run(
-        [sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
-    )
+    for _ in range(2):
+        ran = subprocess.run(
+            [sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+        )
+        # PyTorch's gloo threads, at the end of a process, about once in fifty starts; nothing of ours is in C++ there.
+        if "terminate called without an active exception" not in ran.stderr:
+            break
     assert ran.returncode == 0, ran.stderr
     return ran.stdout
 
