@@ -202,6 +202,6 @@ PEERS = (
     *(
         Peer(f"{backend}{suffix}", "groups, alpha, metrics", _backend(backend), partial(_ours, backend, kept))
         for backend in ("torch", "cpp", "triton", "cuda")
-        for suffix, kept in (("", MAX_EXTRA_BYTES), (", 16 MiB", 16 << 20))
+        for suffix, kept in (("", MAX_EXTRA_BYTES), (", 12 MiB", 12 << 20))
     ),
 )
