@@ -22,7 +22,7 @@ def output_of(*command: str) -> str:
         ran = subprocess.run(
             [sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
         )
-        # PyTorch's gloo threads, at the end of a process, about once in fifty starts; nothing of ours is in C++ there.
+        # Seen once in some fifty starts: a thread of PyTorch, at the end of a process that runs no C++ of ours.
         if "terminate called without an active exception" not in ran.stderr:
             break
     assert ran.returncode == 0, ran.stderr
