@@ -228,7 +228,8 @@ def linear_logps(
         per_token = _token_logps(logits, labels, ignore_index, False, vocab_shard, entry)
         return _sum_over_sequences(per_token, labels, cu_seqlens, ignore_index, average, context_group)
     whole = vocab_shard is None and context_group is None and pair_terms is not None
-    longest_pair = 2 * labels.shape[1] if cu_seqlens is None else 0  # packed: as long as a chunk allows
+    # Of packed rows twice the mean, for their lengths are on the device; a longer pair is computed again.
+    longest_pair = 2 * labels.shape[1] if cu_seqlens is None else 4 * labels.numel() // max(1, cu_seqlens.shape[0] - 1)
     shape = plans.shape_of(
         rows, weight, bias, labels.numel(), longest_pair, accumulators if whole else 0, accumulate_dtype
     )

@@ -264,6 +264,31 @@ def test_packed_and_frozen(sweeping_backend: str) -> None:
             torch.testing.assert_close(grad, expected[i], rtol=1e-12, atol=1e-12)
 
 
+def test_packed_pairs_fit_a_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three products for packed rows, too: chunks grow to the pairs, which then need not be computed again."""
+    inputs, labels, ref = batch(torch.float64)
+    monkeypatch.setattr(linear_plan, "CHUNK_ELEMENTS", VOCAB)
+    monkeypatch.setattr(linear_pairs, "linear_token_logps_backward", None)
+    cu_seqlens = torch.arange(2 * NUM_PAIRS + 1) * LENGTH
+    loss_fn = gk.LinearGroupRobustLoss(group_weights(), plan="sweep", backend="torch")
+    hidden = inputs[0].flatten(0, 1)
+    loss = loss_fn(hidden, inputs[1], labels.flatten(), ids(), ref_logps=ref, cu_seqlens=cu_seqlens).loss
+    assert torch.autograd.grad(loss, inputs[1])[0].any()
+
+
+def test_long_pairs_go_in_chunks_of_full_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs, options = sweep_arguments(torch.float64, 12)
+    sizes = []
+    original = torch_chunked.token_logps_forward
+    monkeypatch.setattr(
+        torch_chunked,
+        "token_logps_forward",
+        lambda logits, *rest: (sizes.append(len(logits)), original(logits, *rest))[1],
+    )
+    linear_pairs.sweep_forward(*inputs, *options, torch.float32)
+    assert sizes[0] == 12
+
+
 def test_backward_twice_and_checkpointing() -> None:
     inputs, labels, ref = batch(torch.float64)
 

@@ -148,13 +148,13 @@ def sweep_forward(
     lse = torch.zeros(*row_labels.shape, 2, dtype=dtype, device=device)
     states = torch.zeros_like(rows) if needs_grad[0] else rows.new_empty(0, rows.shape[1])
     total = gradient_sums(head, needs_grad, accumulate_dtype)
-    opened: tuple[Tensor | None, Tensor | None] = (None, None)
+    opened = gradient_sums(head, needs_grad, accumulate_dtype) if any(chunk.is_open for chunk in chunks) else total
     sums = torch.zeros(num_sequences, dtype=torch.float64, device=device)
     slopes = torch.zeros(num_pairs, dtype=torch.float64, device=device)
     group_sums = torch.zeros(present.shape, dtype=torch.float64, device=device)
     is_swept = torch.zeros(num_sequences, dtype=torch.bool, device=device)
     sizes = [sum(lengths[pair] for pair in chunk.pairs) for chunk in chunks]
-    buffer = rows.new_empty(max(sizes, default=chunk_rows if too_long else 0), head.weight.shape[0])
+    buffer = rows.new_empty(max([*sizes, chunk_rows if too_long else 0]), head.weight.shape[0])
 
     def rows_of(pairs: list[int]) -> Tensor:
         sequences = [s for pair in pairs for s in (pair, pair + num_pairs)]
@@ -175,7 +175,7 @@ def sweep_forward(
         group_sums.add_(segment_sum(losses, groups[these], present.shape[0]))
 
     if too_long:  # forward only, and first: their groups' losses must be complete, too
-        for chunk in rows_of(too_long).split(max(1, buffer.shape[0])):
+        for chunk in rows_of(too_long).split(chunk_rows):
             logits_of(chunk)
         take_losses(too_long)
     highest: Tensor | None = None
@@ -191,13 +191,11 @@ def sweep_forward(
         if average:
             factors = factors / counts[row_sequence[chunk]]
         if highest is None:  # the scale of u: about that of the group that will weigh most
-            mean_loss = slopes.new_tensor(0.0) + group_sums.sum() / (len(too_long) + len(pairs))
+            mean_loss = group_sums.sum() / (len(too_long) + len(pairs))
             highest = (offsets + rates * mean_loss * torch.bincount(groups)).amax()
         u = _weights(offsets, rates, group_sums, highest)
         if not is_open:
             factors = factors * u[groups[row_sequence[chunk] % num_pairs]]
-        elif opened == (None, None):
-            opened = gradient_sums(head, needs_grad, accumulate_dtype)
         sums_of_chunk = opened if is_open else total
         add_products(*sums_of_chunk, unit, rows[chunk], factors.to(dtype).unsqueeze(1))
         if is_last:

@@ -34,7 +34,7 @@ GPU_CHUNK_ROWS = 2048
 
 @dataclass(frozen=True)
 class LinearShape:
-    """``longest_pair`` is an upper bound of a pair's tokens; accumulators: of (V, D), that a sweep would need, or 0."""
+    """``longest_pair``: tokens that a sweep's chunk should hold; accumulators: (V, D) sums that a sweep needs, or 0."""
 
     num_rows: int
     hidden_size: int
