@@ -5,6 +5,7 @@ With a GPU tests/test_gpu.py runs the real ones. The shared tests take the simul
 
 from __future__ import annotations
 
+import functools
 import itertools
 import os
 import shutil
@@ -12,20 +13,20 @@ import subprocess
 import sys
 from pathlib import Path
 
+import fused_cases
 import pytest
 import simulated_cuda
 import torch
 import torch.nn.functional as F
 import truth
 from conftest import SIMULATED, batch
+from fused_cases import IDS, loss_of, two_calls
 
-import grpo_kernels as gk
 from grpo_kernels import dispatch
 from grpo_kernels.kernels import cuda
 
 ROOT = Path(__file__).parent.parent
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
-IDS, SIZES = torch.tensor([1, 0, 2, 1]), [60, 35, 5]
 
 
 @pytest.fixture
@@ -128,41 +129,7 @@ def test_far_out_logits() -> None:
 # -- the fused forward -----------------------------------------------------------------------------------------------
 
 
-def loss_of(backend: str, loss_options: dict, **group_options) -> gk.GroupRobustLoss:
-    weights = gk.GroupWeights(**{"group_sizes": SIZES, "step_size": 0.3, **group_options})
-    return gk.GroupRobustLoss(weights, backend=backend, **loss_options)
-
-
-def assert_same_method(loss_options: dict, group_options: dict, calls: list, tolerance: float = 1e-11) -> None:
-    """Fused and unfused give the same outputs, gradients and state in float64, call after call."""
-    fused, plain = loss_of(SIMULATED, loss_options, **group_options), loss_of("torch", loss_options, **group_options)
-    for (logits, *rest), options in calls:
-        leaves = [logits.detach().requires_grad_() for _ in range(2)]
-        results = [m(leaf, *rest, **options) for m, leaf in zip((fused, plain), leaves, strict=True)]
-        for name, got, expected in zip(gk.GroupRobustOutput._fields, *results, strict=True):
-            assert got.dtype == expected.dtype, name
-            torch.testing.assert_close(got, expected, rtol=tolerance, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}")
-        totals = [r.loss + r.pair_losses.sum() + 3 * r.group_losses.square().sum() for r in results]
-        for wanted in (lambda r, t: -2.5 * r.loss, lambda r, t: t):
-            grads = [
-                torch.autograd.grad(wanted(r, t), leaf, retain_graph=True)[0]
-                for r, t, leaf in zip(results, totals, leaves, strict=True)
-            ]
-            torch.testing.assert_close(*grads, rtol=tolerance, atol=tolerance)
-        for name, buffer in fused.group_weights.named_buffers():
-            expected = dict(plain.group_weights.named_buffers())[name]
-            torch.testing.assert_close(
-                buffer, expected, rtol=tolerance, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}"
-            )
-
-
-def two_calls(**options) -> list[tuple[tuple, dict]]:
-    calls = []
-    for seed in (1, 2):
-        logits, labels = batch(num_pairs=4, length=4, vocab=37, seed=seed)
-        ref = torch.randn(8, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-        calls.append(((logits, labels, IDS, ref), options))
-    return calls
+assert_same_method = functools.partial(fused_cases.assert_same_method, SIMULATED)
 
 
 @pytest.mark.usefixtures("simulated")

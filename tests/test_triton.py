@@ -6,6 +6,7 @@ arithmetic and wrong tickets, but no races.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import os
@@ -13,11 +14,13 @@ import subprocess
 import sys
 from collections.abc import Iterator
 
+import fused_cases
 import pytest
 import torch
 import torch.nn.functional as F
 import truth
 from conftest import batch
+from fused_cases import IDS, SIZES, two_calls
 
 import grpo_kernels as gk
 
@@ -28,8 +31,6 @@ from grpo_kernels.kernels import group_robust as tables
 from grpo_kernels.kernels.triton import group_robust, logps, tiles
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-IDS = torch.tensor([1, 0, 2, 1])
-SIZES = [60, 35, 5]
 
 
 FORWARD_OPTIONS = {
@@ -145,51 +146,8 @@ def test_grids_stay_within_the_limits_of_cuda(monkeypatch: pytest.MonkeyPatch) -
 # -- the fused forward -----------------------------------------------------------------------------------------------
 
 
-def loss_of(backend: str, loss_options: dict, **group_options) -> gk.GroupRobustLoss:
-    weights = gk.GroupWeights(**{"group_sizes": SIZES, "step_size": 0.3, **group_options})
-    return gk.GroupRobustLoss(weights, backend=backend, **loss_options).to(DEVICE)
-
-
-def assert_same_method(
-    loss_options: dict, group_options: dict, calls: list[tuple[tuple, dict]], splits: int = 1, tolerance: float = 1e-11
-) -> None:
-    """Fused and unfused give the same outputs, gradients and state in float64, call after call."""
-    fused, plain = loss_of("triton", loss_options, **group_options), loss_of("torch", loss_options, **group_options)
-    for (logits, *rest), options in calls:
-        leaves = [logits.detach().to(DEVICE).requires_grad_() for _ in range(2)]
-        rest = [x if x is None else x.to(DEVICE) for x in rest]
-        options = {name: x if isinstance(x, float) else x.to(DEVICE) for name, x in options.items()}
-        results = [m(leaf, *rest, **options) for m, leaf in zip((fused, plain), leaves, strict=True)]
-        for name, got, expected in zip(gk.GroupRobustOutput._fields, *results, strict=True):
-            assert got.dtype == expected.dtype, name
-            torch.testing.assert_close(got, expected, rtol=tolerance, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}")
-        totals = [
-            2 * out.loss
-            + (out.pair_losses * torch.linspace(1, 2, len(out.pair_losses), device=DEVICE)).sum()
-            + 3 * out.group_losses.square().sum()
-            + out.chosen_logps.sum() * 0.5
-            for out in results
-        ]
-        for wanted in (lambda r, t: -2.5 * r.loss, lambda r, t: t):
-            grads = [
-                torch.autograd.grad(wanted(r, t), leaf, retain_graph=True)[0]
-                for r, t, leaf in zip(results, totals, leaves, strict=True)
-            ]
-            torch.testing.assert_close(*grads, rtol=tolerance, atol=tolerance)
-        for name, buffer in fused.group_weights.named_buffers():
-            expected = dict(plain.group_weights.named_buffers())[name]
-            torch.testing.assert_close(
-                buffer, expected, rtol=tolerance, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}"
-            )
-
-
-def two_calls(**options) -> list[tuple[tuple, dict]]:
-    calls = []
-    for seed in (1, 2):
-        logits, labels = batch(num_pairs=4, length=4, vocab=37, seed=seed)
-        ref = torch.randn(8, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-        calls.append(((logits, labels, IDS, ref), options))
-    return calls
+loss_of = functools.partial(fused_cases.loss_of, device=DEVICE)
+assert_same_method = functools.partial(fused_cases.assert_same_method, "triton", device=DEVICE)
 
 
 @pytest.mark.parametrize(
