@@ -56,11 +56,14 @@ torch.cuda.synchronize()
 
 @dataclass(frozen=True)
 class Stage:
-    """``commands`` run one after another within ``limit`` seconds; ``found`` makes the record of their output."""
+    """``commands`` run one after another within ``limit`` seconds; ``found`` makes the record of their output.
+
+    They are made from the folder for records.
+    """
 
     name: str
     limit: int
-    commands: Callable[[], list[list[str]]]
+    commands: Callable[[Path], list[list[str]]]
     found: Callable[[str], Any] = lambda output: None
     needs: Callable[[], str | None] = lambda: None
 
@@ -80,12 +83,12 @@ def _needs_sanitizer() -> str | None:
     return _needs_gpu() or (None if shutil.which("compute-sanitizer") else "compute-sanitizer is not on the PATH")
 
 
-def _test_commands() -> list[list[str]]:
+def _test_commands(out: Path) -> list[list[str]]:
     parallel = ["-n", "6"] if importlib.util.find_spec("xdist") else []
     return [_python("-m", "pytest", "-q", "tests", "-k", "triton or cuda or gpu", "-p", "no:cacheprovider", *parallel)]
 
 
-def _sanitizer_commands() -> list[list[str]]:
+def _sanitizer_commands(out: Path) -> list[list[str]]:
     tools = ("memcheck", "racecheck", "synccheck")
     script = Path(tempfile.gettempdir()) / "grpo_kernels_sanitized.py"
     script.write_text(SANITIZED)
@@ -119,43 +122,47 @@ def _needs_nvcc() -> str | None:
     return None if shutil.which(os.environ.get("NVCC") or "nvcc") else "nvcc is not on the PATH"
 
 
-def _csrc_commands() -> list[list[str]]:
+def _csrc_commands(out: Path) -> list[list[str]]:
     """Build the extension with the CUDA kernels in place, then say which registers they take; a spill is a failure."""
     script = "import os, runpy, sys; os.environ['GRPO_KERNELS_BUILD'] = 'cuda'; sys.argv[1:] = %r; %s"
     build = script % (["-q", "build_ext", "--inplace"], "runpy.run_path('setup.py', run_name='__main__')")
     return [_python("-c", build), _python("benchmarks/cuda_registers.py", "90a")]
 
 
+# In this order while there is time; names of grpo_kernels/bench_cases.py.
+BENCH = ["logits/llama-3-8b/short", "logits/llama-3-8b/large", "logits/llama-3-8b/large50", "logits/qwen2.5-7b/large"]
+BENCH_LINEAR = ["linear/llama-3-8b/large", "linear/llama-3-8b/large50", "linear/qwen2.5-0.5b/large"]
+
+
+def _bench(out: Path, seconds: int, cases: list[str]) -> list[str]:
+    options = ["--device", "cuda", "--seconds", str(seconds), "--out", str(out / "bench"), "--cases", *cases]
+    return _python("-m", "grpo_kernels", "bench", *options)
+
+
 STAGES = (
     Stage("csrc", 90, _csrc_commands, lambda output: re.findall(r"sm_\w+ .* registers", output), _needs_nvcc),
-    Stage("facts", 30, lambda: [_python("-m", "grpo_kernels", "doctor", "--json")], _json_in),
-    Stage("kernels", 60, lambda: [_python("-m", "grpo_kernels", "doctor", "--kernels", "--json")], _json_in),
-    Stage("tests", 160, _test_commands, _test_counts, _needs_gpu),
-    Stage("sanitize", 60, _sanitizer_commands, _sanitizer_summary, _needs_sanitizer),
-    Stage("bench", 60, lambda: [_python("benchmarks/gpu_bench.py", "--seconds", "45")], _json_in, _needs_gpu),
-    Stage(
-        "bench_linear",
-        50,
-        lambda: [_python("benchmarks/gpu_bench_linear.py", "--seconds", "30")],
-        _json_in,
-        _needs_gpu,
-    ),
+    Stage("facts", 20, lambda out: [_python("-m", "grpo_kernels", "doctor", "--json")], _json_in),
+    Stage("kernels", 60, lambda out: [_python("-m", "grpo_kernels", "doctor", "--kernels", "--json")], _json_in),
+    Stage("tests", 140, _test_commands, _test_counts, _needs_gpu),
+    Stage("sanitize", 50, _sanitizer_commands, _sanitizer_summary, _needs_sanitizer),
+    Stage("bench", 90, lambda out: [_bench(out, 40, BENCH)], needs=_needs_gpu),
+    Stage("bench_linear", 60, lambda out: [_bench(out, 25, BENCH_LINEAR)], needs=_needs_gpu),
     Stage(
         "tune",
         30,
-        lambda: [_python("benchmarks/tune_tiles.py", "--json", "--seconds", "20")],
+        lambda out: [_python("benchmarks/tune_tiles.py", "--json", "--seconds", "20")],
         _json_in,
         _needs_gpu,
     ),
 )
 
 
-def run_stage(stage: Stage) -> dict[str, Any]:
+def run_stage(stage: Stage, out: Path) -> dict[str, Any]:
     """The stage's record; never raises for what a command does."""
     reason = stage.needs()
     if reason is not None:
         return {"stage": stage.name, "outcome": "skipped", "reason": reason, "seconds": 0.0}
-    began, output, outcome, commands = time.monotonic(), "", "passed", stage.commands()
+    began, output, outcome, commands = time.monotonic(), "", "passed", stage.commands(out)
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     environment.pop("TRITON_INTERPRET", None)
     for command in commands:
@@ -199,40 +206,31 @@ def install_wheels() -> None:
         subprocess.run(_python("-m", "pip", "install", *options, *wheels), check=False)
 
 
-def summary(records: list[dict[str, Any]]) -> str:
+def summary(records: list[dict[str, Any]], out: Path) -> str:
     lines = ["| stage | outcome | seconds | |", "| --- | --- | --- | --- |"]
     for record in records:
         remark = record.get("reason", "")
         if record["stage"] in ("tests", "sanitize") and record.get("found"):
             remark = json.dumps(record["found"])
         lines.append(f"| {record['stage']} | {record['outcome']} | {record['seconds']} | {remark} |")
-    for record in records:
-        if record["stage"] in ("bench", "bench_linear") and record.get("found"):
-            peak = "copy" if record["stage"] == "bench" else "matrix rate"
-            lines += [
-                "",
-                f"| case | contender | forward ms (of {peak}) | backward ms (of {peak}) |",
-                "| --- | --- | --- | --- |",
-            ]
-            lines += [_bench_line(one) for one in record["found"]["records"]]
+    for path in sorted((out / "bench").glob("*.json")):
+        lines += ["", f"{path.stem}", "", "| contender | forward ms | backward ms | of the roof | peak MiB |"]
+        lines += ["| --- | --- | --- | --- | --- |", *map(_bench_line, json.loads(path.read_text())["records"])]
     return "\n".join(lines) + "\n"
 
 
 def _bench_line(record: dict[str, Any]) -> str:
-    case = record["case"]
-    sizes = [case[name] for name in ("num_sequences", "length", "hidden_size", "vocab_size") if name in case]
-    name = f"{'x'.join(map(str, sizes))} {case['dtype']} ignored {case['ignored']:.0%}"
-    if "both" not in record:
-        return f"| {name} | {record['contender']} | {record.get('not_measured_because', '-')} | |"
-    fraction = "fraction_of_copy" if "fraction_of_copy" in record["both"] else "fraction_of_matrix_rate"
-    cells = [f"{record[part]['median_ms']} ({record[part][fraction]:.0%})" for part in ("forward", "backward")]
-    return f"| {name} | {record['contender']} | {' | '.join(cells)} |"
+    if "median_ms" not in record:
+        return f"| {record['contender']} | {record.get('failed_because') or record['not_measured_because']} | | | |"
+    cells = [record["contender"], record["forward_ms"], record["backward_ms"], f"{record['fraction_of_roof']:.0%}"]
+    return f"| {' | '.join(map(str, [*cells, record['peak_extra_mib']]))} |"
 
 
-def device_name() -> str:
-    probe = "import torch; print(torch.cuda.get_device_name() if torch.cuda.is_available() else 'no-gpu')"
-    ran = subprocess.run(_python("-c", probe), capture_output=True, text=True, check=False)
-    return re.sub(r"[^a-z0-9]+", "-", ran.stdout.strip().lower()) or "unknown"
+def device_folder() -> str:
+    """In a process of its own: this one never holds the GPU."""
+    probe = "from grpo_kernels import bench_machine; print(bench_machine.folder_name('cuda'))"
+    ran = subprocess.run(_python("-c", probe), capture_output=True, text=True, check=False, cwd=ROOT)
+    return ran.stdout.strip() or "no-gpu"
 
 
 def main() -> int:
@@ -244,19 +242,19 @@ def main() -> int:
     unknown = set(wanted) - {stage.name for stage in STAGES}
     if unknown:
         parser.error(f"--stages: {', '.join(sorted(unknown))} not among {', '.join(stage.name for stage in STAGES)}")
-    out = Path(arguments.out) if arguments.out else ROOT / "benchmarks" / "results" / device_name()
+    out = Path(arguments.out).resolve() if arguments.out else ROOT / "benchmarks" / "results" / device_folder()
     out.mkdir(parents=True, exist_ok=True)
     install_wheels()
     records = []
     for stage in STAGES:
         if stage.name in wanted:
             print(f"{stage.name}: at most {stage.limit} s ...", flush=True)
-            record = run_stage(stage)
+            record = run_stage(stage, out)
             records.append(record)
             (out / f"{stage.name}.json").write_text(json.dumps(record, indent=2) + "\n")
             print(f"{stage.name}: {record['outcome']} {record.get('reason', '')}", flush=True)
-            (out / "summary.md").write_text(summary(records))
-    print("\n" + summary(records))
+            (out / "summary.md").write_text(summary(records, out))
+    print("\n" + summary(records, out))
     return int(any(record["outcome"] not in ("passed", "skipped") for record in records))
 
 

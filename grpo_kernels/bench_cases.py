@@ -13,6 +13,10 @@ from typing import NamedTuple
 import torch
 
 
+def _groups(num_groups: int, usual: int) -> str:
+    return "" if num_groups == usual else f"_groups{num_groups}"
+
+
 @dataclass(frozen=True)
 class Case:
     """Logits of ``num_sequences`` x ``length`` x ``vocab_size``; the first ``ignored`` of each sequence is prompt."""
@@ -27,8 +31,7 @@ class Case:
     @property
     def name(self) -> str:
         shape = f"{self.num_sequences}x{self.length}x{self.vocab_size}"
-        groups = "" if self.num_groups == 3 else f"_groups{self.num_groups}"
-        return f"logits_{shape}_{self.dtype}_ignored{round(100 * self.ignored)}{groups}"
+        return f"logits_{shape}_{self.dtype}_ignored{round(100 * self.ignored)}{_groups(self.num_groups, 3)}"
 
 
 @dataclass(frozen=True)
@@ -46,11 +49,12 @@ class LinearCase:
     dtype: str = "float32"
     ignored: float = 0.0
     reference: bool = False
+    num_groups: int = 2
 
     @property
     def name(self) -> str:
         shape = f"{self.num_sequences}x{self.length}x{self.hidden_size}x{self.vocab_size}"
-        suffix = "_reference" if self.reference else ""
+        suffix = ("_reference" if self.reference else "") + _groups(self.num_groups, 2)
         return f"linear_{shape}_{self.dtype}_ignored{round(100 * self.ignored)}{suffix}"
 
     @property
@@ -123,6 +127,17 @@ HEADS = {
 }
 GROUPS = (2, 32, 1_000_000)
 
+# What `bench` measures unless told otherwise.
+DEFAULT: tuple[Case | LinearCase, ...] = (
+    Case(8, 512, 32_000, "float32"),
+    Case(8, 512, 32_000, "float32", ignored=0.5),
+    Case(8, 512, 32_000, "bfloat16"),
+    LinearCase(8, 512, 512, 32_000, ignored=0.5),
+    LinearCase(8, 512, 512, 32_000, ignored=0.5, reference=True),
+    LinearCase(8, 512, 512, 32_000, reference=True),
+)
+QUICK: tuple[Case | LinearCase, ...] = (Case(4, 128, 8000, "float32"), LinearCase(4, 64, 128, 8000))
+
 
 def _named() -> dict[str, Case | LinearCase]:
     cases: dict[str, Case | LinearCase] = {}
@@ -131,16 +146,25 @@ def _named() -> dict[str, Case | LinearCase]:
             part = f"{head}/ignored{round(100 * ignored)}"
             cases[f"logits/{part}"] = Case(4, 256, vocab_size, "bfloat16", ignored)
             cases[f"linear/{part}"] = LinearCase(4, 256, hidden_size, vocab_size, "bfloat16", ignored)
-        for label, num_sequences, length in (("short", 4, 64), ("32k", 2, 32_768)):
-            cases[f"logits/{head}/{label}"] = Case(num_sequences, length, vocab_size, "bfloat16")
-            cases[f"linear/{head}/{label}"] = LinearCase(num_sequences, length, hidden_size, vocab_size, "bfloat16")
+        for label, num_sequences, length, ignored in (
+            ("short", 4, 64, 0.0),
+            ("32k", 2, 32_768, 0.0),
+            ("large", 16, 512, 0.0),
+            ("large50", 16, 512, 0.5),
+        ):
+            sizes = (num_sequences, length)
+            cases[f"logits/{head}/{label}"] = Case(*sizes, vocab_size, "bfloat16", ignored)
+            cases[f"linear/{head}/{label}"] = LinearCase(*sizes, hidden_size, vocab_size, "bfloat16", ignored)
         for groups in GROUPS:
             cases[f"logits/{head}/groups{groups}"] = Case(4, 64, vocab_size, "bfloat16", num_groups=groups)
+            linear = LinearCase(4, 64, hidden_size, vocab_size, "bfloat16", num_groups=groups)
+            cases[f"linear/{head}/groups{groups}"] = linear
     for length in (32, 64, 128, 256, 512, 1024):
         cases[f"logits/growth/tokens{8 * length}"] = Case(8, length, 32_000, "float32")
         cases[f"linear/growth/tokens{8 * length}"] = LinearCase(8, length, 512, 32_000)
     for groups in GROUPS:
         cases[f"logits/growth/groups{groups}"] = Case(8, 128, 32_000, "float32", num_groups=groups)
+        cases[f"linear/growth/groups{groups}"] = LinearCase(8, 128, 512, 32_000, num_groups=groups)
     return cases
 
 

@@ -1,202 +1,230 @@
-"""`python -m grpo_kernels bench`, the linear path: DPO from hidden states and the head's weight, forward and backward.
+"""Plain DPO from hidden states and the head's weight, forward and backward, as others and we compute it.
 
-All contenders of bench_peers.py in one process, in turns, each checked against float64 first; beside them the three
-bare matrix products that any of them must do at least.
+An adapter is `(hidden (2B, T, D), weight (V, D), labels (2B, T), reference) -> loss`: sum over counted tokens and mean
+over pairs, so that all compute the same. The reference policy is None, or its (hidden, weight), whose log-probabilities
+the adapter computes, too. Each has the settings that its documentation recommends, or says why it cannot run.
 """
 
 from __future__ import annotations
 
-import gc
-import json
-import subprocess
-import sys
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, replace
+from collections.abc import Callable
 from functools import partial
-from pathlib import Path
-from statistics import median, quantiles
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from grpo_kernels.bench_cases import LinearCase, cost
-from grpo_kernels.bench_machine import matrix_gflops, operator_calls, resident_kib
-from grpo_kernels.bench_peers import PEERS, Peer, Reference, dpo
+from grpo_kernels.bench_cases import LinearCase
+from grpo_kernels.bench_suite import Contender, Operation, Suite, always, needs, needs_backend
+from grpo_kernels.functional import MAX_EXTRA_BYTES
+from grpo_kernels.group_weights import GroupWeights
+from grpo_kernels.losses import LinearGroupRobustLoss
 
-CASES = (
-    LinearCase(8, 512, 512, 32_000, ignored=0.5),
-    LinearCase(8, 512, 512, 32_000, ignored=0.5, reference=True),
-    LinearCase(8, 512, 512, 32_000, reference=True),
-)
-QUICK_CASES = (LinearCase(4, 64, 128, 8_000),)
+BETA = 0.1
+Reference = tuple[Tensor, Tensor] | None
+LogpsOf = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def inputs_of(case: LinearCase, device: str = "cpu") -> tuple[Tensor, Tensor, Tensor, Reference]:
     """(hidden, weight, labels, reference), the first two requiring gradients."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(device).manual_seed(0)
     shape, dtype = (case.num_sequences, case.length), getattr(torch, case.dtype)
 
+    def normal(*size: int, deviation: float) -> Tensor:
+        return torch.empty(size, device=device, dtype=dtype).normal_(0, deviation, generator=generator)
+
     def states_and_head() -> tuple[Tensor, Tensor]:
-        hidden = torch.randn(*shape, case.hidden_size, generator=generator)
-        weight = torch.randn(case.vocab_size, case.hidden_size, generator=generator) / case.hidden_size**0.5
-        return hidden.to(device, dtype), weight.to(device, dtype)
+        width = case.hidden_size
+        return normal(*shape, width, deviation=1), normal(case.vocab_size, width, deviation=width**-0.5)
 
     hidden, weight = (x.requires_grad_() for x in states_and_head())
-    labels = torch.randint(0, case.vocab_size, shape, generator=generator)
+    labels = torch.randint(0, case.vocab_size, shape, device=device, generator=generator)
     labels[:, : int(case.length * case.ignored)] = -100
-    return hidden, weight, labels.to(device), states_and_head() if case.reference else None
+    return hidden, weight, labels, states_and_head() if case.reference else None
 
 
-def gate(peer: Peer, case: LinearCase, device: str = "cpu") -> float:
-    """The larger of dhidden's and dweight's error, over the largest exact entry, on 16 positions of each sequence.
+def dpo(logps_of: LogpsOf) -> Operation:
+    """From (hidden, weight, labels) -> (2B,) log-probabilities."""
 
-    Raises:
-        ValueError: it is more than 256 roundings of the dtype: sums over the vocabulary and over tokens.
-    """
-    small = replace(case, length=16)
-    hidden, weight, labels, reference = inputs_of(small, device)
-    exact_inputs = [x.detach().double().requires_grad_() for x in (hidden, weight)]
-    exact_reference = None if reference is None else (reference[0].double(), reference[1].double())
+    def operation(hidden: Tensor, weight: Tensor, labels: Tensor, reference: Reference = None) -> Tensor:
+        ratios = logps_of(hidden, weight, labels)
+        if reference is not None:
+            with torch.no_grad():
+                ref_logps = logps_of(*reference, labels)
+            ratios = ratios - ref_logps
+        chosen, rejected = ratios.chunk(2)
+        return -F.logsigmoid(BETA * (chosen - rejected)).mean()
 
-    @dpo
-    def exact_loss_of(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-        picked = (hidden @ weight.t()).log_softmax(-1).gather(-1, labels.clamp(min=0).unsqueeze(-1)).squeeze(-1)
-        return (picked * (labels != -100)).sum(-1)
-
-    exact_loss = exact_loss_of(*exact_inputs, labels, exact_reference)
-    exact = torch.autograd.grad(exact_loss, exact_inputs)
-    loss = peer.build()(hidden, weight, labels, reference)
-    grads = torch.autograd.grad(loss, (hidden, weight))
-    errors = [((g.double() - e).abs().max() / e.abs().max()).item() for g, e in zip(grads, exact, strict=True)]
-    allowed = 256 * torch.finfo(hidden.dtype).eps
-    if not max(errors) <= allowed or abs(loss.item() - exact_loss.item()) > 1e-4 * abs(exact_loss.item()):
-        raise ValueError(f"gradient error {max(errors):.2g} is over {allowed:.2g} or the loss is wrong")
-    return max(errors)
+    return operation
 
 
-def step(operation: Any, inputs: tuple[Tensor, Tensor, Tensor, Reference]) -> tuple[float, float]:
-    """(forward, backward) milliseconds."""
-    began = time.perf_counter()
-    loss = operation(*inputs)
-    between = time.perf_counter()
-    torch.autograd.grad(loss, inputs[:2])
-    return 1e3 * (between - began), 1e3 * (time.perf_counter() - between)
+@dpo
+def eager(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    """Unfused: whole logits, float32 log-softmax."""
+    counted = labels != -100
+    log_softmax = F.linear(hidden, weight).float().log_softmax(-1)
+    logps = log_softmax.gather(-1, labels.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+    return (logps * counted).sum(-1)
 
 
-def passes(times: Sequence[tuple[float, float]]) -> dict[str, Any]:
-    """Median and quartiles of forward and of backward, as a record holds them."""
-    found: dict[str, Any] = {}
-    for part, laps in zip(("forward", "backward"), zip(*times, strict=True), strict=True):
-        low, middle, high = quantiles(laps, n=4)
-        found[f"{part}_ms"] = round(middle, 2)
-        found[f"{part}_iqr_ms"] = [round(low, 2), round(high, 2)]
-    return found
+def _linear_cross_entropy(case: LinearCase) -> Operation:
+    options = torch.nn.LinearCrossEntropyOptions()  # chunked, chosen by PyTorch for device and dtype
+
+    def logps_of(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+        losses = F.linear_cross_entropy(
+            hidden.flatten(0, 1), weight, labels.flatten(), reduction="none", ignore_index=-100, options=options
+        )
+        return -losses.view(labels.shape).float().sum(-1)
+
+    return dpo(logps_of)
 
 
-def measure_times(case: LinearCase, peers: Sequence[Peer], repetitions: int) -> dict[str, list[tuple[float, float]]]:
-    """(forward, backward) milliseconds of each and of the bare products, in turns; the first two rounds warm up."""
-    inputs = inputs_of(case)
-    operations = {peer.name: peer.build() for peer in peers}
-    hidden = inputs[0].detach()[inputs[2] != -100]
-    weight, logits = inputs[1].detach(), torch.empty(case.counted, case.vocab_size, dtype=hidden.dtype)
+def _liger_dpo(case: LinearCase, chunk_size: int = 1) -> Operation:
+    from liger_kernel.chunked_loss import LigerFusedLinearDPOLoss
+
+    options = {"beta": BETA, "compute_nll_loss": False, "chunk_size": chunk_size}
+
+    def operation(hidden: Tensor, weight: Tensor, labels: Tensor, reference: Reference = None) -> Tensor:
+        loss_fn = LigerFusedLinearDPOLoss(use_ref_model=reference is not None, **options)
+        if reference is None:
+            return loss_fn(weight, hidden, labels)[0]
+        return loss_fn(weight, hidden, labels, ref_input=reference[0], ref_weight=reference[1])[0]
+
+    return operation
+
+
+def _liger_dpo_best(case: LinearCase) -> Operation:
+    """The fastest of several chunk sizes, found at the first call with a batch's shape. Its gradients come forward."""
+    best: dict[torch.Size, Operation] = {}
+
+    def seconds(operation: Operation, inputs: tuple[Any, ...]) -> float:
+        operation(*inputs)  # compiles
+        began = time.perf_counter()
+        operation(*inputs).item()
+        return time.perf_counter() - began
+
+    def operation(hidden: Tensor, weight: Tensor, labels: Tensor, reference: Reference = None) -> Tensor:
+        inputs = (hidden, weight, labels, reference)
+        if labels.shape not in best:
+            candidates = [_liger_dpo(case, size) for size in (1, 2, 4, 8) if size <= labels.shape[0] // 2]
+            best[labels.shape] = min(candidates, key=lambda one: seconds(one, inputs))
+        return best[labels.shape](*inputs)
+
+    return operation
+
+
+def _liger_cross_entropy(case: LinearCase) -> Operation:
+    from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+
+    # For single tokens' losses it computes the logits again backward; sums are accumulated in float32.
+    loss_fn = LigerFusedLinearCrossEntropyLoss(reduction="none", accum_dtype=torch.float32)
+
+    def logps_of(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+        losses = loss_fn(weight, hidden.flatten(0, 1), labels.flatten())
+        return -losses.view(labels.shape).float().sum(-1)
+
+    return dpo(logps_of)
+
+
+def _flash_linear_attention(case: LinearCase) -> Operation:
+    from fla.modules import FusedLinearCrossEntropyLoss
+
+    loss_fn = FusedLinearCrossEntropyLoss(reduction="sum")  # it gives a sum only, so one call for each sequence
+
+    def logps_of(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+        return torch.stack([-loss_fn(h, y, weight) for h, y in zip(hidden, labels, strict=True)])
+
+    return dpo(logps_of)
+
+
+def _trl(case: LinearCase) -> Operation:
+    from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE, _ChunkedLogProbFunction
+
+    def logps_of(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+        # Only counted positions, as TRL does on GPUs; elsewhere it scores all of them.
+        counted = labels != -100
+        arguments = (1.0, _CHUNKED_LOGPROB_CHUNK_SIZE, None, 1.0, ())
+        logps = _ChunkedLogProbFunction.apply(hidden[counted], weight, None, labels[counted], *arguments)[0]
+        return torch.zeros_like(labels, dtype=logps.dtype).masked_scatter(counted, logps).sum(-1)
+
+    return dpo(logps_of)
+
+
+def _cut_cross_entropy(case: LinearCase) -> Operation:
+    from cut_cross_entropy import linear_cross_entropy
+
+    def logps_of(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+        losses = linear_cross_entropy(hidden, weight, labels, reduction="none", impl="cce_kahan_full_c")
+        return -losses.float().sum(-1)
+
+    return dpo(logps_of)
+
+
+def _ours(backend: str, max_extra_bytes: int, case: LinearCase) -> Operation:
+    # Groups whose weights move, but by nothing: the whole method's work, and plain DPO's result.
+    weights = GroupWeights(group_sizes=[1] * case.num_groups, step_size=1e-9)
+    options: dict[str, Any] = {"beta": BETA, "backend": backend, "max_extra_bytes": max_extra_bytes}
+    loss_fn = LinearGroupRobustLoss(weights, reference_free=not case.reference, **options)
+
+    def operation(hidden: Tensor, weight: Tensor, labels: Tensor, reference: Reference = None) -> Tensor:
+        weights.to(hidden.device)
+        group_ids = torch.arange(labels.shape[0] // 2, device=labels.device) % case.num_groups
+        ref_hidden, ref_weight = (None, None) if reference is None else reference
+        return loss_fn(hidden, weight, labels, group_ids, ref_hidden=ref_hidden, ref_weight=ref_weight).loss
+
+    return operation
+
+
+@dpo
+def _textbook(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    picked = (hidden @ weight.t()).log_softmax(-1).gather(-1, labels.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+    return (picked * (labels != -100)).sum(-1)
+
+
+def _bare_products(case: LinearCase, inputs: tuple[Any, ...]) -> Callable[[], object]:
+    """The matrix products that any of them must do at least, over the counted tokens."""
+    hidden, weight = inputs[0].detach()[inputs[2] != -100], inputs[1].detach()
+    logits = hidden.new_empty(case.counted, case.vocab_size)
     dhidden, dweight = torch.empty_like(hidden), torch.empty_like(weight)
 
-    def products() -> tuple[float, float]:
-        began = time.perf_counter()
+    def products() -> None:
         torch.mm(hidden, weight.t(), out=logits)
         if inputs[3] is not None:
             torch.mm(hidden, inputs[3][1].t(), out=logits)
         torch.mm(logits, weight, out=dhidden)
         torch.mm(logits.t(), hidden, out=dweight)
-        return 1e3 * (time.perf_counter() - began), 0.0
 
-    times: dict[str, list[tuple[float, float]]] = {name: [] for name in (*operations, "products")}
-    for repetition in range(repetitions + 2):
-        for name in times:
-            laps = products() if name == "products" else step(operations[name], inputs)
-            if repetition >= 2:
-                times[name].append(laps)
-    return times
+    return products
 
 
-def peak_extra_mib(peer: Peer, case: LinearCase) -> float:
-    """Resident memory at the peak of one step above what it was before, in a fresh process (Linux)."""
-    request = json.dumps({"peer": peer.name, "case": asdict(case)})
-    command = [
-        sys.executable,
-        "-c",
-        "from grpo_kernels import bench_linear; bench_linear.report_peak_memory()",
-        request,
-    ]
-    return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1])
+def _needs_linear_cross_entropy(device: str) -> str | None:
+    return None if hasattr(F, "linear_cross_entropy") else f"PyTorch {torch.__version__} has none; 2.13 has"
 
 
-def report_peak_memory() -> None:
-    """The child process of `peak_extra_mib`: prints one number."""
-    request = json.loads(sys.argv[-1])
-    peer = next(peer for peer in PEERS if peer.name == request["peer"])
-    case = LinearCase(**request["case"])
-    operation = peer.build()
-    small = replace(case, num_sequences=2, length=16)
-    step(operation, inputs_of(small))  # loads libraries, starts threads, compiles
-    if peer.adapts:
-        step(operation, inputs_of(case))  # compiles or tunes again for these shapes
-    inputs = inputs_of(case)
-    gc.collect()
-    Path("/proc/self/clear_refs").write_text("5")  # sets the high-water mark back to what is resident now
-    before = resident_kib("VmRSS")
-    step(operation, inputs)
-    print((resident_kib("VmHWM") - before) / 1024)
-
-
-def records_of(case: LinearCase, peers: Sequence[Peer], repetitions: int, copy_gbps: float) -> list[dict[str, Any]]:
-    """A record for each peer; those that cannot run, or are wrong, say why and have no times."""
-    records, able = [], []
-    for peer in peers:
-        record: dict[str, Any] = {
-            "op": "DPO from hidden states, forward + backward",
-            "contender": peer.name,
-            "also_computes": peer.computes,
-            "case": asdict(case),
-        }
-        records.append(record)
-        reason = peer.why_not("cpu")
-        if reason is None:
-            try:
-                record["gradient_error"] = gate(peer, case)
-                able.append(peer)
-            except Exception as error:  # a peer's fault is its record; ours stops the run
-                if peer.computes.startswith("groups"):
-                    raise
-                reason = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
-        if reason is not None:
-            record["not_measured_because"] = reason
-    times = measure_times(case, able, repetitions)
-    totals = {name: [sum(pair) for pair in pairs] for name, pairs in times.items()}
-    bare, baseline = median(totals["products"]), median(totals["eager"])
-    floor, matrix_rate = cost(case)["both"], matrix_gflops(getattr(torch, case.dtype))
-    roof = floor.milliseconds(copy_gbps, matrix_rate)
-    few = inputs_of(replace(case, num_sequences=2, length=16))
-    by_name = {record["contender"]: record for record in records}
-    for peer in able:
-        low, middle, high = quantiles(totals[peer.name], n=4)
-        operation = peer.build()
-        step(operation, few)  # compiles
-        by_name[peer.name].update(
-            median_ms=round(middle, 2),
-            iqr_ms=[round(low, 2), round(high, 2)],
-            repetitions=repetitions,
-            times_faster_than_reference=round(baseline / middle, 2),
-            floor_flops=floor.flops,
-            floor_bytes=floor.bytes,
-            matrix_gflops=round(matrix_rate, 1),
-            fraction_of_roof=round(roof / middle, 3),
-            **passes(times[peer.name]),
-            operator_calls=operator_calls(partial(step, operation, few)),
-            times_bare_products=round(middle / bare, 3),
-            bare_products_ms=round(bare, 2),
-            peak_extra_mib=round(peak_extra_mib(peer, case), 1),
-        )
-    return records
+SUITE = Suite(
+    op="DPO from hidden states, forward + backward",
+    contenders=(
+        Contender("eager", "anything", always, lambda case: eager),
+        Contender("torch.compile", "anything", always, lambda case: torch.compile(eager), adapts=True),
+        Contender("torch linear_cross_entropy", "token losses", _needs_linear_cross_entropy, _linear_cross_entropy),
+        Contender("Liger DPO", "reference, metrics", needs("liger_kernel"), _liger_dpo),
+        Contender("Liger DPO, best chunk", "reference, metrics", needs("liger_kernel"), _liger_dpo_best, adapts=True),
+        Contender("Liger cross-entropy", "token losses", needs("liger_kernel", gpu=True), _liger_cross_entropy),
+        Contender("TRL log-prob", "token log-probs, entropy", needs("trl"), _trl),
+        Contender("Cut Cross-Entropy", "token losses", needs("cut_cross_entropy", gpu=True), _cut_cross_entropy),
+        Contender("flash-linear-attention", "mean loss", needs("fla", gpu=True), _flash_linear_attention),
+        *(
+            Contender(
+                f"{backend}{suffix}", "groups, alpha, metrics", needs_backend(backend, "hidden"),
+                partial(_ours, backend, kept), ours=True,
+            )
+            for backend in ("torch", "cpp", "triton", "cuda")
+            for suffix, kept in (("", MAX_EXTRA_BYTES), (", 12 MiB", 12 << 20))
+        ),
+    ),
+    inputs_of=inputs_of,
+    exact=lambda case: _textbook,
+    yardstick=_bare_products,
+)  # fmt: skip

@@ -1,8 +1,10 @@
-"""What a benchmark record says of the machine, and how much memory a process holds."""
+"""What a benchmark measures with: the device's clock, rates and memory, and what a record says of the machine."""
 
 from __future__ import annotations
 
+import gc
 import platform
+import re
 import subprocess
 import time
 from collections.abc import Callable
@@ -16,37 +18,84 @@ import torch
 from grpo_kernels._version import __version__
 
 
-def resident_kib(field: str) -> int:
-    """VmRSS (now) or VmHWM (the most so far) of this process."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(field))
+class Clock:
+    """Milliseconds between marks: on the device's own time line, or the host's."""
+
+    def __init__(self, device: str) -> None:
+        self.on_gpu = device == "cuda"
+        self.marks: list[Any] = []
+
+    def mark(self) -> None:
+        if self.on_gpu:
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+            self.marks.append(event)
+        else:
+            self.marks.append(time.perf_counter())
+
+    def laps(self) -> list[float]:
+        if self.on_gpu:
+            torch.cuda.synchronize()
+            return [a.elapsed_time(b) for a, b in zip(self.marks, self.marks[1:], strict=False)]
+        return [1e3 * (b - a) for a, b in zip(self.marks, self.marks[1:], strict=False)]
 
 
-def available_bytes() -> int:
-    """Memory that can be had without swapping (Linux)."""
+def milliseconds(operation: Callable[[], object], device: str) -> float:
+    clock = Clock(device)
+    clock.mark()
+    operation()
+    clock.mark()
+    return clock.laps()[0]
+
+
+def median_ms(operation: Callable[[], object], device: str, repetitions: int = 5) -> float:
+    return median([milliseconds(operation, device) for _ in range(repetitions + 2)][2:])  # the first ones warm up
+
+
+def copy_gbps(device: str = "cpu", nbytes: int = 2**28) -> float:
+    """Bytes read and written a second by a plain copy that no cache holds."""
+    source, target = (torch.ones(nbytes, dtype=torch.uint8, device=device) for _ in range(2))
+    return 2 * nbytes / median_ms(lambda: target.copy_(source), device) / 1e6
+
+
+def matrix_gflops(dtype: torch.dtype, device: str = "cpu", size: int | None = None) -> float:
+    """The rate of a square matrix product; of 1024 rows on a CPU, of 8192 on a GPU."""
+    size = size or (8192 if device == "cuda" else 1024)
+    left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    return 2 * size**3 / median_ms(lambda: left @ right, device) / 1e6
+
+
+def available_bytes(device: str = "cpu") -> int:
+    """Memory that can be had: without swapping (Linux), or free on the GPU."""
+    if device == "cuda":
+        return torch.cuda.mem_get_info()[0]
     lines = Path("/proc/meminfo").read_text().splitlines()
     return next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
 
 
-def median_seconds(operation: Callable[[], object], repetitions: int = 5) -> float:
-    times = []
-    for _ in range(repetitions + 1):
-        began = time.perf_counter()
+def peak_extra_mib(operation: Callable[[], object], device: str = "cpu") -> float:
+    """Memory at the peak of one call above what was held before it.
+
+    On a CPU that is resident memory (Linux), which keeps what earlier calls left: ask in a fresh process.
+    """
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
         operation()
-        times.append(time.perf_counter() - began)
-    return median(times[1:])  # the first warms up
+        torch.cuda.synchronize()
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
+    Path("/proc/self/clear_refs").write_text("5")  # sets the high-water mark back to what is resident now
+    before = _resident_kib("VmRSS")
+    operation()
+    return (_resident_kib("VmHWM") - before) / 1024
 
 
-def copy_gbps(nbytes: int = 256 * 2**20) -> float:
-    """Bytes read and written a second by a plain copy that no cache holds."""
-    source, target = (torch.ones(nbytes, dtype=torch.uint8) for _ in range(2))
-    return 2 * nbytes / median_seconds(lambda: target.copy_(source)) / 1e9
-
-
-def matrix_gflops(dtype: torch.dtype, size: int = 1024) -> float:
-    """The rate of a square matrix product."""
-    left, right = (torch.ones(size, size, dtype=dtype) for _ in range(2))
-    return 2 * size**3 / median_seconds(lambda: left @ right) / 1e9
+def _resident_kib(field: str) -> int:
+    """VmRSS (now) or VmHWM (the most so far) of this process."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(field))
 
 
 def operator_calls(operation: Callable[[], object], device: str = "cpu") -> int:
@@ -70,15 +119,27 @@ def _is_operator(event: Any) -> bool:
     return "::" in event.name and not event.name.startswith("autograd::")
 
 
-def environment() -> dict[str, Any]:
+def device_name(device: str) -> str:
+    """As records and pictures show it."""
+    if device == "cuda":
+        return torch.cuda.get_device_name()
     cpu = next(
         (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
         platform.processor(),
     )
+    return f"{cpu}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
+
+
+def folder_name(device: str) -> str:
+    """Where a device's records lie: "cpu", or the GPU's name, such as "nvidia-h200"."""
+    return "cpu" if device == "cpu" else re.sub(r"[^a-z0-9]+", "-", device_name(device).lower())
+
+
+def environment(device: str = "cpu") -> dict[str, Any]:
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout
     return {
         "date": date.today().isoformat(),
-        "device": f"{cpu}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}",
+        "device": device_name(device),
         "torch": torch.__version__,
         "python": platform.python_version(),
         "grpo_kernels": __version__,

@@ -30,15 +30,14 @@ def draw_summaries(records_folder: Path, out: Path) -> list[Path]:
     for path_name in ("logits", "linear"):
         own = [(found, r) for found in files for r in found["records"] if "median_ms" in r and _path(r) == path_name]
         curves = {
-            "roofline": ("tokens counted", _counted, "fraction of the measured peak", _fraction, lambda r: True),
-            "growth_tokens": ("tokens", _tokens, "ms, forward + backward", _median, lambda r: _groups(r) == 3),
-            "growth_groups": ("groups (K)", _groups, "ms, forward + backward", _median, lambda r: True),
+            "roofline": ("tokens counted", _counted, "fraction of the measured peak", _fraction),
+            "growth_tokens": ("tokens", _tokens, "ms, forward + backward", _median),
+            "growth_groups": ("groups (K)", _groups, "ms, forward + backward", _median),
         }
-        for kind, (x_label, x_of, y_label, y_of, keep) in curves.items():
+        for kind, (x_label, x_of, y_label, y_of) in curves.items():
             groups: dict[Any, list[tuple[dict, dict]]] = {}
             for found, record in own:
-                if keep(record) and y_of(record) is not None:
-                    groups.setdefault(_all_but(kind, record["case"]), []).append((found, record))
+                groups.setdefault(_all_but(kind, record["case"]), []).append((found, record))
             enough = 1 if kind == "roofline" else 2
             series = max(groups.values(), key=lambda some: len({x_of(r) for _, r in some}), default=[])
             if len({x_of(record) for _, record in series}) >= enough:
@@ -61,11 +60,11 @@ def _counted(record: dict[str, Any]) -> int:
 
 
 def _groups(record: dict[str, Any]) -> int:
-    return record["case"].get("num_groups", 3)
+    return record["case"]["num_groups"]
 
 
-def _fraction(record: dict[str, Any]) -> float | None:
-    return record.get("fraction_of_roof", record.get("fraction_of_copy"))
+def _fraction(record: dict[str, Any]) -> float:
+    return record["fraction_of_roof"]
 
 
 def _median(record: dict[str, Any]) -> float:
@@ -79,7 +78,7 @@ def _all_but(kind: str, case: dict[str, Any]) -> tuple:
         "growth_tokens": {"num_sequences", "length"},
         "growth_groups": {"num_groups"},
     }[kind]
-    return tuple(sorted((name, value) for name, value in {"num_groups": 3, **case}.items() if name not in varying))
+    return tuple(sorted((name, value) for name, value in case.items() if name not in varying))
 
 
 def _curves(picture: Path, series: list, x_of: Any, y_of: Any, labels: tuple[str, str]) -> Path:
@@ -121,7 +120,7 @@ def _bars(name: str, found: dict[str, Any], picture: Path) -> Path:
 
     records = [record for record in found["records"] if "median_ms" in record]
     labels = [record["contender"] for record in records]
-    colours = ["tab:blue" if _is_ours(record) else "tab:gray" for record in records]
+    colours = ["tab:blue" if record["ours"] else "tab:gray" for record in records]
     figure, (time_axes, memory_axes) = plt.subplots(
         1, 2, figsize=(10, 0.9 + 0.36 * len(labels)), sharey=True, layout="constrained"
     )
@@ -148,7 +147,3 @@ def _bars(name: str, found: dict[str, Any], picture: Path) -> Path:
     figure.savefig(picture, dpi=110)
     plt.close(figure)
     return picture
-
-
-def _is_ours(record: dict[str, Any]) -> bool:
-    return record.get("also_computes", "groups").startswith("groups") and record["contender"] != "reference"

@@ -3,58 +3,96 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from grpo_kernels import bench, bench_cases, bench_linear, bench_machine, bench_peers, bench_plots
+from grpo_kernels import bench, bench_cases, bench_linear, bench_logits, bench_machine, bench_plots, bench_suite
+from grpo_kernels.bench_cases import Case, LinearCase
 from grpo_kernels.kernels import torch_chunked
 
+ROOT = Path(__file__).parent.parent
+LOGITS, LINEAR = bench_logits.SUITE, bench_linear.SUITE
+SMALL = Case(4, 40, 500, "float32", ignored=0.25)
+SMALL_LINEAR = LinearCase(4, 24, 16, 300, ignored=0.25)
 
-@pytest.fixture(autouse=True)
-def nothing_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch.compile takes a minute."""
-    monkeypatch.setattr(bench, "CONTENDERS", tuple(one for one in bench.CONTENDERS if not one.compiled))
+
+def contender(suite: bench_suite.Suite, name: str) -> bench_suite.Contender:
+    return next(one for one in suite.contenders if one.name == name)
 
 
-SMALL = bench.Case(4, 40, 500, "float32", ignored=0.25)
+def wrong_factor(factor: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the `torch` backend's gradient."""
+    original = torch_chunked.token_logps_backward
+
+    def off(dtoken_logps, *rest) -> None:
+        original(dtoken_logps * factor, *rest)
+
+    monkeypatch.setattr(torch_chunked, "token_logps_backward", off)
+
+
+def only(monkeypatch: pytest.MonkeyPatch, *names: str, extra: tuple[bench_suite.Contender, ...] = ()) -> None:
+    """Of the linear path."""
+    some = tuple(one for one in LINEAR.contenders if one.name in names)
+    monkeypatch.setitem(bench.SUITES, "linear", replace(LINEAR, contenders=(*some, *extra)))
 
 
 def test_records(tmp_path: Path) -> None:
-    records = bench.run([SMALL], 3, tmp_path)
-    file = json.loads((tmp_path / "cpu" / f"{SMALL.name}.json").read_text())
+    records = bench.run([SMALL], tmp_path, quick=True)
+    file = json.loads((tmp_path / f"{SMALL.name}.json").read_text())
     assert file["records"] == records
     assert file["torch"] == torch.__version__
-    assert [record["contender"] for record in records] == [contender.name for contender in bench.CONTENDERS]
-    for record in records:
+    assert [record["contender"] for record in records] == [one.name for one in LOGITS.contenders]
+    measured = {record["contender"]: record for record in records if "median_ms" in record}
+    assert {"reference", "torch cross_entropy", "torch", "torch in place"} <= set(measured)
+    for record in measured.values():
         low, high = record["iqr_ms"]
         assert 0 < low <= record["median_ms"] <= high
         assert record["floor_bytes"] == 4 * 500 * 4 * (3 * 30 + 10)
-        assert 0 < record["forward_ms"] < high
-        assert 0 < record["backward_ms"] < high
-    calls = {record["contender"]: record["operator_calls"] for record in records}
-    assert calls["reference"] > calls["torch"] > 5
+        assert record["fraction_of_roof"] == pytest.approx(record["fraction_of_copy"], abs=0.002)
+        for part in ("forward", "backward", "host"):
+            assert 0 < record[f"{part}_ms"] < 2 * high
+    assert measured["reference"]["operator_calls"] > measured["torch"]["operator_calls"] > 5
+    reasons = {record["contender"]: record.get("not_measured_because", "") for record in records}
+    assert "leaves out" in reasons["torch.compile"]
+    assert "Triton's interpreter" in reasons["triton"]
 
 
-def test_a_wrong_gradient_writes_no_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    original = torch_chunked.token_logps_backward
-
-    def slightly_off(dtoken_logps, *rest) -> None:
-        original(dtoken_logps * (1 + 1e-5), *rest)
-
-    monkeypatch.setattr(torch_chunked, "token_logps_backward", slightly_off)
-    with pytest.raises(ValueError, match="torch on logits_4x40x500_float32_ignored25: gradient error"):
-        bench.run([SMALL], 3, tmp_path)
-    assert not list(tmp_path.rglob("*.json"))
+@pytest.mark.parametrize(("suite", "case", "factor"), [(LOGITS, SMALL, 1 + 1e-5), (LINEAR, SMALL_LINEAR, 1.001)])
+def test_a_wrong_gradient_of_ours_has_no_times(
+    suite: bench_suite.Suite,
+    case: Case | LinearCase,
+    factor: float,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    wrong_factor(factor, monkeypatch)
+    with pytest.raises(ValueError, match="errors of loss and gradients"):
+        bench_suite.gate(suite, contender(suite, "torch"), case)
+    name = bench.suite_name(case)
+    some = tuple(one for one in suite.contenders if one.name in ("eager", "reference", "torch"))
+    monkeypatch.setitem(bench.SUITES, name, replace(suite, contenders=some))
+    monkeypatch.setattr(bench, "QUICK", [case])
+    assert bench.command(str(tmp_path), quick=True, device="cpu") == 1
+    assert "failed: torch" in capsys.readouterr().err
+    baseline, ours = json.loads((tmp_path / f"{case.name}.json").read_text())["records"]
+    assert "median_ms" in baseline
+    assert "median_ms" not in ours
+    assert "errors of loss and gradients" in ours["failed_because"]
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory is read from Linux's /proc")
 def test_peak_memory() -> None:
     """8 x 512 x 8000 float32 are 125 MiB: eager holds copies of it; ours in place hold a chunk or nothing."""
-    case = bench.Case(8, 512, 8000, "float32")
-    peaks = {contender.name: bench.peak_extra_mib(contender, case) for contender in bench.CONTENDERS}
+    case = Case(8, 512, 8000, "float32")
+    names = ["reference", "torch", "torch in place", "cpp", "cpp in place"]
+    able = [contender(LOGITS, name) for name in names if contender(LOGITS, name).why_not("cpu") is None]
+    peaks = {one.name: bench_suite.resident_peak_mib("logits", one, case) for one in able}
     assert peaks["torch in place"] < 32
     assert 100 < peaks["torch"] < 125 + 32
     assert peaks["reference"] > 250
@@ -63,23 +101,13 @@ def test_peak_memory() -> None:
         assert 100 < peaks["cpp"] < 125 + 8
 
 
-LINEAR = bench_linear.LinearCase(4, 24, 16, 300, ignored=0.25)
-QUICK_PEERS = ("eager", "torch linear_cross_entropy", "torch", "cpp", "Cut Cross-Entropy", "triton")
-
-
-@pytest.fixture
-def few_peers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without torch.compile, which takes a minute to compile."""
-    some = tuple(peer for peer in bench_peers.PEERS if peer.name in QUICK_PEERS)
-    monkeypatch.setattr(bench_linear, "PEERS", some)
-
-
-@pytest.mark.usefixtures("few_peers")
-def test_linear_records_and_picture(tmp_path: Path) -> None:
-    bench.run([LINEAR], 3, tmp_path)
-    path = tmp_path / "cpu" / f"{LINEAR.name}.json"
+def test_linear_records_and_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ("eager", "torch linear_cross_entropy", "torch", "cpp", "Cut Cross-Entropy", "triton")
+    only(monkeypatch, *names)
+    bench.run([SMALL_LINEAR], tmp_path, quick=True)
+    path = tmp_path / f"{SMALL_LINEAR.name}.json"
     by_name = {record["contender"]: record for record in json.loads(path.read_text())["records"]}
-    assert set(by_name) == set(QUICK_PEERS)
+    assert set(by_name) == set(names)
     assert by_name["Cut Cross-Entropy"]["not_measured_because"] == "its kernels run on NVIDIA GPUs only"
     assert "not_measured_because" in by_name["triton"]
     for name in ("eager", "torch"):
@@ -89,89 +117,117 @@ def test_linear_records_and_picture(tmp_path: Path) -> None:
         assert record["floor_flops"] == 6 * 4 * 18 * 16 * 300
         assert record["gradient_error"] < 1e-5
         assert record["peak_extra_mib"] >= 0
-    (picture,) = bench_plots.draw(tmp_path / "cpu", tmp_path)
+        assert record["times_bare_products"] > 0
+    (picture,) = bench_plots.draw(tmp_path, tmp_path)
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
-def test_every_peer_computes_the_reference() -> None:
-    case = replace(LINEAR, reference=True)
-    able = [peer for peer in bench_peers.PEERS if peer.why_not("cpu") is None and peer.name != "torch.compile"]
-    assert {"eager", "torch", "torch, 12 MiB"} <= {peer.name for peer in able}
-    for peer in able:
-        assert bench_linear.gate(peer, case) < 1e-5
+def test_every_peer_computes_the_reference_and_any_number_of_groups() -> None:
+    case = replace(SMALL_LINEAR, reference=True, num_groups=1000)
+    able = [one for one in LINEAR.contenders if one.why_not("cpu") is None and one.name != "torch.compile"]
+    assert {"eager", "torch", "torch, 12 MiB"} <= {one.name for one in able}
+    for one in able:
+        assert bench_suite.gate(LINEAR, one, case) < 1e-5
     assert bench_cases.cost(case)["both"].flops == 8 * 4 * 18 * 16 * 300
-    wrong = bench_peers.Peer(
-        "no reference", "nothing", lambda device: None, lambda: lambda *x: bench_peers.eager(*x[:3])
-    )
-    with pytest.raises(ValueError, match="gradient error"):
-        bench_linear.gate(wrong, case)
+
+    def without_reference(case: LinearCase) -> bench_suite.Operation:
+        return lambda hidden, weight, labels, reference: bench_linear.eager(hidden, weight, labels)
+
+    with pytest.raises(ValueError, match="errors of loss and gradients"):
+        bench_suite.gate(LINEAR, replace(able[0], build=without_reference), case)
 
 
-@pytest.mark.usefixtures("few_peers")
-def test_a_wrong_linear_gradient_of_ours_stops_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    original = torch_chunked.token_logps_backward
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_gate_sees_zeros(dtype: str) -> None:
+    def zeros(case: LinearCase) -> bench_suite.Operation:
+        return lambda hidden, weight, *rest: (
+            bench_linear.eager(hidden, weight, *rest).detach() + 0 * (hidden.sum() + weight.sum())
+        )
 
-    def off(dtoken_logps, *rest) -> None:
-        original(dtoken_logps * 1.001, *rest)
-
-    monkeypatch.setattr(torch_chunked, "token_logps_backward", off)
-    with pytest.raises(ValueError, match="gradient error"):
-        bench.run([LINEAR], 3, tmp_path)
-    assert not list(tmp_path.rglob("*.json"))
+    broken = replace(contender(LINEAR, "eager"), build=zeros)
+    with pytest.raises(ValueError, match="errors of loss and gradients"):
+        bench_suite.gate(LINEAR, broken, replace(SMALL_LINEAR, dtype=dtype))
 
 
-@pytest.mark.usefixtures("few_peers")
-def test_a_wrong_peer_has_no_times(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    wrong = bench_peers.Peer("wrong", "nothing", lambda device: None, lambda: lambda *x: 2 * bench_peers.eager(*x))
-    monkeypatch.setattr(bench_linear, "PEERS", (*bench_linear.PEERS[:1], wrong))
-    records = bench.run([LINEAR], 3, tmp_path)
+def test_a_peer_that_is_wrong_or_raises_has_no_times(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    eager = contender(LINEAR, "eager")
+    wrong = replace(eager, name="wrong", build=lambda case: lambda *x: 2 * bench_linear.eager(*x))
+
+    def only_few(hidden: torch.Tensor, *rest: object) -> torch.Tensor:
+        if hidden.shape[1] > 16:
+            raise RuntimeError("out of memory")
+        return bench_linear.eager(hidden, *rest)
+
+    raising = replace(eager, name="raising", build=lambda case: only_few)
+    only(monkeypatch, "eager", extra=(wrong, raising))
+    records = bench.run([SMALL_LINEAR], tmp_path, quick=True)
     assert "median_ms" in records[0]
-    assert "gradient error" in records[1]["not_measured_because"]
-    assert "median_ms" not in records[1]
+    assert "errors of loss" in records[1]["failed_because"]
+    assert records[2]["failed_because"] == "RuntimeError: out of memory"
+    assert "median_ms" not in records[1] | records[2]
 
 
 def test_cost_counts_only_what_counts() -> None:
-    linear = bench_cases.cost(bench_cases.LinearCase(4, 10, 8, 100, ignored=0.5))
+    linear = bench_cases.cost(LinearCase(4, 10, 8, 100, ignored=0.5))
     assert [linear[part].flops for part in ("forward", "backward", "both")] == [32000, 64000, 96000]
     assert linear["forward"].bytes == (20 + 100) * 8 * 4
-    logits = bench_cases.cost(bench_cases.Case(4, 10, 100, "bfloat16", ignored=0.5))
+    logits = bench_cases.cost(Case(4, 10, 100, "bfloat16", ignored=0.5))
     assert [logits[part].bytes for part in ("forward", "backward", "both")] == [4000, 12000, 16000]
     assert bench_cases.Cost(3_000_000, 8_000_000).milliseconds(copy_gbps=1, matrix_gflops=2) == 4
 
 
 def test_cases_by_name() -> None:
-    chosen = bench_cases.select(["linear/gemma-2-2b/ignored*", "logits/llama-3-70b/groups1000000"])
-    assert {case.ignored for name, case in chosen.items() if name.startswith("linear")} == {0.0, 0.5, 0.9}
+    chosen = bench_cases.select(["linear/gemma-2-2b/ignored*", "l*/llama-3-70b/groups1000000"])
+    assert {case.ignored for name, case in chosen.items() if "ignored" in name} == {0.0, 0.5, 0.9}
     assert chosen["logits/llama-3-70b/groups1000000"].num_groups == 1_000_000
-    assert len({case.name for case in bench_cases.NAMED.values()}) >= 60
+    assert chosen["linear/llama-3-70b/groups1000000"].num_groups == 1_000_000
+    names = [case.name for case in bench_cases.NAMED.values()]
+    assert len(set(names)) >= 100
     with pytest.raises(ValueError, match="no case is named 'lgits/"):
         bench_cases.select(["lgits/*"])
 
 
-def test_a_case_that_does_not_fit_is_skipped(
+def test_a_case_that_does_not_fit_or_comes_too_late_is_skipped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
+    assert bench.run([SMALL], tmp_path, seconds=-1) == []
+    assert "not measured: -1 s were over" in capsys.readouterr().out
     monkeypatch.setattr(bench, "available_bytes", lambda: 1000)
-    assert bench.run([SMALL], 3, tmp_path) == []
+    assert bench.run([SMALL], tmp_path) == []
     assert "GiB of memory" in capsys.readouterr().out
     assert not list(tmp_path.rglob("*.json"))
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is one")
+def test_a_gpu_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="--device cuda: there is no CUDA device"):
+        bench.command(str(tmp_path), quick=True, device="cuda")
+
+
 def test_many_groups_pass_the_gate() -> None:
-    case = bench.Case(4, 32, 100, "float32", num_groups=1_000_000)
-    assert bench.gate(bench.Contender("torch", "torch"), case) < 1e-6
+    case = Case(4, 32, 100, "float32", num_groups=1_000_000)
+    assert bench_suite.gate(LOGITS, contender(LOGITS, "torch"), case) < 1e-6
 
 
 def test_machine_rates_and_operator_calls() -> None:
-    assert bench_machine.copy_gbps(2**20) > 0
-    assert bench_machine.matrix_gflops(torch.float32, 64) > 0
+    assert bench_machine.copy_gbps(nbytes=2**20) > 0
+    assert bench_machine.matrix_gflops(torch.float32, size=64) > 0
     x = torch.ones(2, 2)
     assert bench_machine.operator_calls(lambda: (x @ x).exp()) == 2  # aten::mm is inside matmul
 
 
+def test_at_a_terminal() -> None:
+    """`pytest benchmarks`, each operation once."""
+    options = ["-q", "-p", "no:cacheprovider", "--benchmark-disable", "-k", "not compile and not best"]
+    command = [sys.executable, "-m", "pytest", "benchmarks", *options]
+    ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stdout
+    assert " passed" in ran.stdout
+
+
 def test_growth_and_roofline(tmp_path: Path) -> None:
     """Pictures over records of several cases, one thing varying in each."""
-    record = {"contender": "torch", "median_ms": 1.0, "fraction_of_roof": 0.5}
+    record = {"contender": "torch", "ours": True, "median_ms": 1.0, "fraction_of_roof": 0.5}
     common = {"device": "d", "torch": "2", "date": "2026-01-01", "commit": "c"}
     for length, groups in ((8, 3), (16, 3), (8, 32)):
         case = {"num_sequences": 2, "length": length, "vocab_size": 9, "dtype": "float32", "ignored": 0.0}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import math
 import sys
 import time
 from dataclasses import replace
@@ -13,6 +12,8 @@ from types import ModuleType
 
 import pytest
 import torch
+
+from grpo_kernels import bench, bench_cases
 
 ROOT = Path(__file__).parent.parent
 
@@ -60,9 +61,10 @@ def test_unknown_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
     assert "bnch not among csrc, facts, kernels, tests" in capsys.readouterr().err
 
 
-def test_a_stage_that_fails_or_hangs_is_recorded() -> None:
+def test_a_stage_that_fails_or_hangs_is_recorded(tmp_path: Path) -> None:
     def stage(code: str, limit: int = 20) -> dict:
-        return gpu_check.run_stage(gpu_check.Stage("x", limit, lambda: [[sys.executable, "-c", code]] * 2))
+        commands = [[sys.executable, "-c", code]] * 2
+        return gpu_check.run_stage(gpu_check.Stage("x", limit, lambda out: commands), tmp_path)
 
     failed = stage("print('so far'); raise SystemExit(3)")
     assert failed["outcome"] == "failed (exit 3)"
@@ -89,42 +91,19 @@ def test_sanitized_script_is_python() -> None:
     compile(gpu_check.SANITIZED, "sanitized", "exec")
 
 
-def test_benchmark_rehearsal() -> None:
-    """The benchmark's own code on a tiny case: a GPU session is too dear for its typing errors."""
-    gpu_bench = load("gpu_bench")
-    records = gpu_bench.measure(gpu_bench.REHEARSAL[0], "cpu", 2)
-    by_name = {record["contender"]: record for record in records}
-    assert {"eager", "torch.compile", "torch in place", "triton", "triton in place"} <= set(by_name)
-    for record in records:
-        assert "not_measured_because" not in record, record
-        for part in ("forward", "backward", "both"):
-            assert record[part]["median_ms"] > 0
-            assert math.isfinite(record[part]["fraction_of_copy"])
-        assert record["gradient_error"] < 1e-6
-        assert gpu_check._bench_line({**record}).count("|") == 5
-
-
-def test_linear_benchmark_rehearsal(monkeypatch: pytest.MonkeyPatch) -> None:
-    linear = load("gpu_bench_linear")
-    some = [peer for peer in linear.PEERS if peer.name in ("eager", "torch", "Cut Cross-Entropy")]
-    monkeypatch.setattr(linear, "PEERS", some)
-    by_name = {record["contender"]: record for record in linear.measure(linear.REHEARSAL[0], "cpu", 3)}
-    assert by_name["Cut Cross-Entropy"]["not_measured_because"] == "its kernels run on NVIDIA GPUs only"
-    assert "NVIDIA" in gpu_check._bench_line(by_name["Cut Cross-Entropy"])
-    for name in ("eager", "torch"):
-        record = by_name[name]
-        assert record["both"]["floor_flops"] == 6 * 4 * 8 * 16 * 200
-        assert record["both"]["floor_flops"] == sum(record[part]["floor_flops"] for part in ("forward", "backward"))
-        assert record["operator_calls"] > 5
-        assert "4x8x16x200" in gpu_check._bench_line(record)
-
-
-def test_benchmark_refuses_a_wrong_gradient() -> None:
-    gpu_bench = load("gpu_bench")
-    broken = gpu_bench.loss_of("torch", "cpu")
-    broken.beta = 0.2
-    with pytest.raises(ValueError, match="gradient error"):
-        gpu_bench.gate(broken, gpu_bench.REHEARSAL[0], "cpu")
+def test_summary_of_benchmarks(tmp_path: Path) -> None:
+    """The command of the stage, on a CPU and a small case: what it leaves is in the summary."""
+    command = gpu_check._bench(tmp_path, 100, ["linear/growth/tokens256"])
+    assert command[command.index("--device") + 1] == "cuda"
+    assert bench_cases.select(gpu_check.BENCH)
+    assert bench_cases.select(gpu_check.BENCH_LINEAR)
+    bench.run([bench_cases.LinearCase(4, 8, 16, 200)], tmp_path / "bench", quick=True)
+    lines = gpu_check.summary([], tmp_path).splitlines()
+    assert "linear_4x8x16x200_float32_ignored0" in lines
+    (ours,) = [line for line in lines if line.startswith("| torch |")]
+    assert ours.count("|") == 6
+    assert "%" in ours
+    assert "| Cut Cross-Entropy | its kernels run on NVIDIA GPUs only | | | |" in lines
 
 
 def test_tuner_rehearsal(monkeypatch: pytest.MonkeyPatch) -> None:
