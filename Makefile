@@ -43,9 +43,14 @@ sanitize: $(READY)
 bench: $(READY)
 	$(PY) -m grpo_kernels bench $(ARGS)
 
-# The pictures of the records that are there.
+# The README's pictures of the benchmark, from its records.
+RESULTS := benchmarks/results
+
 plots: $(READY)
-	$(PY) -m grpo_kernels bench --plots-only $(ARGS)
+	$(PY) -m grpo_kernels bench --plots-only --out $(RESULTS)/cpu
+	$(PY) -m grpo_kernels bench --plots-only --out $(RESULTS)/growth
+	cp $(RESULTS)/cpu/linear_8x512x512x32000_float32_ignored50_reference.png docs/images/bench_linear.png
+	cp $(RESULTS)/growth/*_growth_*.png $(RESULTS)/growth/*_roofline.png docs/images
 
 # On a machine with an NVIDIA GPU, with the interpreter that has its torch and triton: installs nothing but WHEELS.
 gpu-check:

@@ -47,7 +47,7 @@ def _add_reproduce(command: argparse.ArgumentParser) -> None:
 
 def _add_train(command: argparse.ArgumentParser) -> None:
     from grpo_kernels.sampling import STRATEGIES
-    from grpo_kernels.train import TrainConfig
+    from grpo_kernels.train_config import TrainConfig
 
     defaults = TrainConfig()
 

@@ -32,6 +32,7 @@ def draw_summaries(records_folder: Path, out: Path) -> list[Path]:
         curves = {
             "roofline": ("tokens counted", _counted, "fraction of the measured peak", _fraction),
             "growth_tokens": ("tokens", _tokens, "ms, forward + backward", _median),
+            "growth_memory": ("tokens", _tokens, "MiB of extra memory at the peak", _memory),
             "growth_groups": ("groups (K)", _groups, "ms, forward + backward", _median),
         }
         for kind, (x_label, x_of, y_label, y_of) in curves.items():
@@ -71,11 +72,16 @@ def _median(record: dict[str, Any]) -> float:
     return record["median_ms"]
 
 
+def _memory(record: dict[str, Any]) -> float:
+    return record["peak_extra_mib"]
+
+
 def _all_but(kind: str, case: dict[str, Any]) -> tuple:
     """What the cases of one curve have in common."""
     varying = {
         "roofline": {"num_sequences", "length"},
         "growth_tokens": {"num_sequences", "length"},
+        "growth_memory": {"num_sequences", "length"},
         "growth_groups": {"num_groups"},
     }[kind]
     return tuple(sorted((name, value) for name, value in case.items() if name not in varying))

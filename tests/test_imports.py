@@ -33,6 +33,8 @@ ORDER = [
     {"bench_plots"},
     {"bench_suite"},
     {"bench_logits", "bench_linear"},
+    {"train_config"},
+    {"training_job"},
     {"doctor", "train", "bench", "reproduce"},
     {"__main__"},
 ]

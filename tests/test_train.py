@@ -16,7 +16,8 @@ import torch
 
 from grpo_kernels import data, train
 from grpo_kernels.__main__ import main
-from grpo_kernels.train import TrainConfig
+from grpo_kernels.train_config import TrainConfig, resolved_step_size
+from grpo_kernels.training_job import TrainingJob
 
 REAL = Path(__file__).parent.parent.parent / "shared" / "data"
 TINY = {"hidden_size": 32, "num_layers": 1, "batch_size": 8, "eval_every": 3, "checkpoint_every": 2}
@@ -88,14 +89,14 @@ def test_stop_and_resume_equals_the_uninterrupted_run(
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     train.start(tiny(whole, compare=True), resume=False)
     phase, step = stop_after.split(":")
-    original = train.TrainingJob._log
+    original = TrainingJob._log
 
-    def log_and_interrupt(self: train.TrainingJob, record: dict) -> None:
+    def log_and_interrupt(self: TrainingJob, record: dict) -> None:
         original(self, record)
         if (record["run"], record["step"]) == (phase, int(step)) and "loss" in record:
             os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr(train.TrainingJob, "_log", log_and_interrupt)
+    monkeypatch.setattr(TrainingJob, "_log", log_and_interrupt)
     with pytest.raises(train.Interrupted):
         train.start(tiny(broken, compare=True), resume=False)
     monkeypatch.undo()
@@ -172,9 +173,9 @@ def test_balanced_sampling_uses_group_means(tmp_path: Path) -> None:
 
 
 def test_default_step_size_is_in_units_of_the_loss() -> None:
-    assert train.resolved_step_size(TrainConfig(loss="sigmoid")) == pytest.approx(0.05 / math.log(2))
-    assert train.resolved_step_size(TrainConfig(loss="ipo", beta=0.1)) == pytest.approx(0.05 / 25)
-    assert train.resolved_step_size(TrainConfig(step_size=0.7)) == 0.7
+    assert resolved_step_size(TrainConfig(loss="sigmoid")) == pytest.approx(0.05 / math.log(2))
+    assert resolved_step_size(TrainConfig(loss="ipo", beta=0.1)) == pytest.approx(0.05 / 25)
+    assert resolved_step_size(TrainConfig(step_size=0.7)) == 0.7
 
 
 @pytest.mark.skipif(not REAL.is_dir(), reason="the real preference data lies beside the project, not in it")
@@ -251,5 +252,5 @@ def test_resume_takes_no_other_options(tmp_path: Path) -> None:
 def test_a_missing_package_is_told_before_anything_is_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(train, "PACKAGES", ("rich", "no_such_package"))
     with pytest.raises(ImportError, match=r"train needs no_such_package: pip install .*\[train\]"):
-        train.start(train.TrainConfig(out=str(tmp_path / "run")), resume=False)
+        train.start(TrainConfig(out=str(tmp_path / "run")), resume=False)
     assert not (tmp_path / "run").exists()

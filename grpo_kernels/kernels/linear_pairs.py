@@ -92,11 +92,12 @@ def chunks_of_pairs(
     members: dict[int, list[int]] = {}
     for pair in others:
         members.setdefault(groups[pair], []).append(pair)
-    small = [pairs for pairs in members.values() if sum(lengths[pair] for pair in pairs) <= chunk_rows]
-    chunks = [Chunk(pairs) for pairs in _packed(small, lengths, chunk_rows)]
+    small, large = [], []
     for pairs in members.values():
-        if pairs in small:
-            continue
+        fits = sum(lengths[pair] for pair in pairs) <= chunk_rows
+        (small if fits else large).append(pairs)
+    chunks = [Chunk(pairs) for pairs in _packed(small, lengths, chunk_rows)]
+    for pairs in large:
         parts = _packed([[pair] for pair in pairs], lengths, chunk_rows)
         chunks += [Chunk(part, is_open=True, is_last=part is parts[-1]) for part in parts]
     return too_long, chunks
