@@ -58,7 +58,7 @@ def run(
     """
     from rich.console import Console
 
-    console, began = Console(), time.monotonic()
+    console, began = Console(width=None if sys.stdout.isatty() else 120), time.monotonic()
     found = {**environment(device), "copy_gbps": round(copy_gbps(device), 2)}
     out.mkdir(parents=True, exist_ok=True)
     all_records = []

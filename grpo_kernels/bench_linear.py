@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -162,6 +162,11 @@ def _cut_cross_entropy(case: LinearCase) -> Operation:
     return dpo(logps_of)
 
 
+@cache
+def _group_ids(num_pairs: int, num_groups: int, device: torch.device) -> Tensor:
+    return torch.arange(num_pairs, device=device) % num_groups
+
+
 def _ours(backend: str, max_extra_bytes: int, case: LinearCase) -> Operation:
     # Groups whose weights move, but by nothing: the whole method's work, and plain DPO's result.
     weights = GroupWeights(group_sizes=[1] * case.num_groups, step_size=1e-9)
@@ -169,8 +174,9 @@ def _ours(backend: str, max_extra_bytes: int, case: LinearCase) -> Operation:
     loss_fn = LinearGroupRobustLoss(weights, reference_free=not case.reference, **options)
 
     def operation(hidden: Tensor, weight: Tensor, labels: Tensor, reference: Reference = None) -> Tensor:
-        weights.to(hidden.device)
-        group_ids = torch.arange(labels.shape[0] // 2, device=labels.device) % case.num_groups
+        if weights.log_alpha.device != hidden.device:  # at the first call
+            weights.to(hidden.device)
+        group_ids = _group_ids(labels.shape[0] // 2, case.num_groups, labels.device)
         ref_hidden, ref_weight = (None, None) if reference is None else reference
         return loss_fn(hidden, weight, labels, group_ids, ref_hidden=ref_hidden, ref_weight=ref_weight).loss
 

@@ -41,10 +41,11 @@ def from_logps(logps_of: Callable[[Tensor, Tensor], Tensor], case: Case) -> Oper
     sizes = torch.tensor(group_sizes(case))
 
     def operation(logits: Tensor, labels: Tensor, group_ids: Tensor, ref_logps: Tensor) -> Tensor:
+        nonlocal sizes
+        sizes = sizes.to(logits.device)  # at the first call
         margins = reference.margins(logps_of(logits, labels), ref_logps)
         losses = reference.pair_losses(margins, BETA, "sigmoid")
-        in_data_set = sizes.to(logits.device)
-        return reference.group_losses(losses, group_ids, case.num_groups, in_data_set, "importance").mean()
+        return reference.group_losses(losses, group_ids, case.num_groups, sizes, "importance").mean()
 
     return operation
 
@@ -87,7 +88,8 @@ def _ours(backend: str, inplace_backward: bool, case: Case, compiled: bool = Fal
         loss_fn = torch.compile(loss_fn)
 
     def operation(logits: Tensor, labels: Tensor, group_ids: Tensor, ref_logps: Tensor) -> Tensor:
-        weights.to(logits.device)
+        if weights.log_alpha.device != logits.device:  # at the first call
+            weights.to(logits.device)
         return loss_fn(logits, labels, group_ids, ref_logps=ref_logps).loss
 
     return operation

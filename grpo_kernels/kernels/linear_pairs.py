@@ -92,7 +92,8 @@ def chunks_of_pairs(
     members: dict[int, list[int]] = {}
     for pair in others:
         members.setdefault(groups[pair], []).append(pair)
-    small, large = [], []
+    small: list[list[int]] = []
+    large: list[list[int]] = []
     for pairs in members.values():
         fits = sum(lengths[pair] for pair in pairs) <= chunk_rows
         (small if fits else large).append(pairs)

@@ -103,10 +103,10 @@ def _finish_sequence(
 
 @triton.jit(do_not_specialize=["num_rows", "T", "S", "K"])
 def _group_robust_fwd_kernel(
-    logits_ptr,
-    labels_ptr,
+    logits_ptr,  # (S, T, V), or (rows, V) when PACKED, by its strides
+    labels_ptr,  # (rows,)
     cu_seqlens_ptr,  # (S + 1,) when PACKED
-    token_logps_ptr,
+    token_logps_ptr,  # (rows,)
     lse_ptr,  # (rows, 2)
     partial_ptr,  # (2, rows, SPLITS) when SPLITS > 1
     row_sequence_ptr,  # (rows,) when PACKED
@@ -116,14 +116,14 @@ def _group_robust_fwd_kernel(
     pair_ptr,  # (3, B)
     group_ptr,  # (5, K) float64
     counts_ptr,  # (K,)
-    loss_ptr,
-    ref_ptr,
-    group_ids_ptr,
-    beta_ptr,
-    margin_ptr,
-    weights_ptr,
-    log_alpha_ptr,
-    sizes_ptr,
+    loss_ptr,  # 0-d
+    ref_ptr,  # (S,) when HAS_REF
+    group_ids_ptr,  # (B,)
+    beta_ptr,  # (B,) when HAS_BETA
+    margin_ptr,  # (B,) when HAS_MARGIN
+    weights_ptr,  # (B,) when HAS_WEIGHTS
+    log_alpha_ptr,  # (K,) float64, and so on: the GroupWeights' buffers
+    sizes_ptr,  # (K,) when IMPORTANCE or ADJUSTMENT
     pending_sums_ptr,
     pending_counts_ptr,
     skipped_ptr,

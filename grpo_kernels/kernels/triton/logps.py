@@ -159,9 +159,9 @@ def merge_rows(
 
 @triton.jit(do_not_specialize=["num_rows", "T"])
 def _logps_fwd_kernel(
-    logits_ptr,
-    labels_ptr,
-    token_logps_ptr,
+    logits_ptr,  # (S, T, V), or (rows, V) for packed rows, by its strides
+    labels_ptr,  # (rows,)
+    token_logps_ptr,  # (rows,)
     lse_ptr,  # (rows, 2)
     partial_ptr,  # (2, rows, SPLITS), or anything when SPLITS is 1
     num_rows,
@@ -235,7 +235,7 @@ def _store_gradient_tile(
 
 @triton.jit(do_not_specialize=["T"])
 def _logps_bwd_kernel(
-    scale_ptr,
+    scale_ptr,  # (S, T) by its strides; (S,) when PACKED
     factor_ptr,  # 0-d, times every scale; or anything when HAS_FACTOR is false
     row_sequence_ptr,  # (rows,) when PACKED: the first index of a row's scale
     logits_ptr,
