@@ -131,18 +131,26 @@ def _bars(name: str, found: dict[str, Any], picture: Path) -> Path:
         1, 2, figsize=(10, 0.9 + 0.36 * len(labels)), sharey=True, layout="constrained"
     )
     middles = [record["median_ms"] for record in records]
-    lows = [record["median_ms"] - record["iqr_ms"][0] for record in records]
-    highs = [record["iqr_ms"][1] - record["median_ms"] for record in records]
-    time_axes.barh(labels, middles, xerr=(lows, highs), color=colours, ecolor="black", capsize=2)
-    memory_axes.barh(labels, [record["peak_extra_mib"] for record in records], color=colours)
+    lows, highs = zip(*(record["iqr_ms"] for record in records), strict=True)
+    spread = (
+        [m - low for m, low in zip(middles, lows, strict=True)],
+        [h - m for m, h in zip(middles, highs, strict=True)],
+    )
+    memory = [record["peak_extra_mib"] for record in records]
+    time_axes.barh(labels, middles, xerr=spread, color=colours, ecolor="black", capsize=2)
+    memory_axes.barh(labels, memory, color=colours)
     time_axes.invert_yaxis()
-    for axes, unit in ((time_axes, "ms, median and quartiles"), (memory_axes, "MiB of extra memory at the peak")):
+    for axes, unit, values, ends in (
+        (time_axes, "ms, median and quartiles", middles, highs),
+        (memory_axes, "MiB of extra memory at the peak", memory, memory),
+    ):
         axes.set_xlabel(unit)
         axes.spines[["top", "right"]].set_visible(False)
         axes.margins(x=0.12)
-        for bar in axes.patches:
-            axes.annotate(f"{bar.get_width():,.0f}", (bar.get_width(), bar.get_y() + bar.get_height() / 2),
-                          xytext=(8, 0), textcoords="offset points", va="center", fontsize=8)  # fmt: skip
+        for number, (value, end) in enumerate(zip(values, ends, strict=True)):
+            axes.annotate(
+                f"{value:,.0f}", (end, number), xytext=(5, 0), textcoords="offset points", va="center", fontsize=8
+            )
     if "bare_products_ms" in records[0]:
         bare = records[0]["bare_products_ms"]
         time_axes.axvline(bare, color="tab:red", linewidth=1)
