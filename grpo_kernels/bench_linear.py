@@ -168,8 +168,8 @@ def _group_ids(num_pairs: int, num_groups: int, device: torch.device) -> Tensor:
 
 
 def _ours(backend: str, max_extra_bytes: int, case: LinearCase) -> Operation:
-    # Groups whose weights move, but by nothing: the whole method's work, and plain DPO's result.
-    weights = GroupWeights(group_sizes=[1] * case.num_groups, step_size=1e-9)
+    # Groups whose weights move, but by nothing (L_g grows with K): the whole method's work, and plain DPO's result.
+    weights = GroupWeights(group_sizes=[1] * case.num_groups, step_size=1e-9 / case.num_groups)
     options: dict[str, Any] = {"beta": BETA, "backend": backend, "max_extra_bytes": max_extra_bytes}
     loss_fn = LinearGroupRobustLoss(weights, reference_free=not case.reference, **options)
 

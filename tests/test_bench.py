@@ -123,7 +123,7 @@ def test_linear_records_and_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_every_peer_computes_the_reference_and_any_number_of_groups() -> None:
-    case = replace(SMALL_LINEAR, reference=True, num_groups=1000)
+    case = replace(SMALL_LINEAR, reference=True, num_groups=1_000_000)
     able = [one for one in LINEAR.contenders if one.why_not("cpu") is None and one.name != "torch.compile"]
     assert {"eager", "torch", "torch, 12 MiB"} <= {one.name for one in able}
     for one in able:
