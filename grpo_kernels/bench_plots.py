@@ -91,13 +91,12 @@ def _curves(picture: Path, series: list, x_of: Any, y_of: Any, labels: tuple[str
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
-    lines: dict[str, list[tuple[float, float]]] = {}
+    lines: dict[tuple[bool, str], list[tuple[float, float]]] = {}
     for _, record in series:
-        lines.setdefault(record["contender"], []).append((x_of(record), y_of(record)))
-    for number, (name, points) in enumerate(lines.items()):
-        points.sort()
-        style = "--" if number >= 10 else "-"  # matplotlib's colours begin again
-        axes.plot(*zip(*points, strict=True), style, marker="o", markersize=4, label=name)
+        lines.setdefault((record["ours"], record["contender"]), []).append((x_of(record), y_of(record)))
+    for (ours, name), points in sorted(lines.items(), reverse=True):
+        style, width = ("-", 2.2) if ours else ("--", 1.0)
+        axes.plot(*zip(*sorted(points), strict=True), style, linewidth=width, marker="o", markersize=4, label=name)
     axes.set_xscale("log", base=2)
     if y_of is _fraction:
         axes.axhline(1.0, color="tab:red", linewidth=1)
@@ -106,15 +105,16 @@ def _curves(picture: Path, series: list, x_of: Any, y_of: Any, labels: tuple[str
         axes.set_yscale("log")
     axes.set(xlabel=labels[0], ylabel=labels[1])
     axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(loc="outside right upper", fontsize=8, frameon=False)
+    figure.legend(loc="outside right center", fontsize=8, frameon=False)
     found, record = series[0]
     width = f"D {record['case']['hidden_size']}, " if "hidden_size" in record["case"] else ""
     dates = sorted({found["date"] for found, _ in series})
     commits = ", ".join(sorted({str(found["commit"]) for found, _ in series}))
-    figure.suptitle(
+    axes.set_title(
         f"{_path(record)} path, {width}V {record['case']['vocab_size']}, {record['case']['dtype']}\n"
         f"{found['device']}, torch {found['torch']}, {dates[-1]}, commit {commits}",
-        fontsize=9,
+        fontsize=8,
+        loc="left",
     )
     figure.savefig(picture, dpi=110)
     plt.close(figure)
