@@ -16,8 +16,11 @@ endif
 train: $(READY)
 	$(PY) -m grpo_kernels train --compare $(ARGS)
 
+# A process for each core; PARALLEL= for one, which shows prints and takes --pdb.
+PARALLEL ?= -n logical --dist worksteal
+
 test: $(READY) lint
-	$(PY) -m pytest $(ARGS)
+	$(PY) -m pytest $(PARALLEL) $(ARGS)
 
 lint: $(READY)
 	$(PY) -m ruff check .

@@ -4,6 +4,11 @@ import os
 from collections.abc import Iterator
 
 import pytest
+
+# Workers of pytest-xdist share the cores: with more threads than cores a training run takes ten times as long.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ["OMP_NUM_THREADS"] = "1"
+
 import torch
 
 # Without a GPU the Triton kernels run in its interpreter, which has to be chosen before anything imports Triton.

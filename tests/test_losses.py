@@ -184,7 +184,8 @@ def test_outputs_said_to_be_differentiable_are(backend: str, name: str) -> None:
     logits, labels = batch(num_pairs=2, length=3, vocab=4)
     loss_fn = make(backend, reference_free=True, step_size=0.0)
     ids = torch.tensor([1, 0])
-    assert torch.autograd.gradcheck(lambda x: getattr(loss_fn(x, labels, ids), name), logits)
+    fast = backend == "triton"  # random projections instead of every entry: half a minute in the interpreter
+    assert torch.autograd.gradcheck(lambda x: getattr(loss_fn(x, labels, ids), name), logits, fast_mode=fast)
 
 
 def test_the_rest_is_detached() -> None:

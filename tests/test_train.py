@@ -14,10 +14,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from grpo_kernels import data, train
+from grpo_kernels import data, embedded_task, train
 from grpo_kernels.__main__ import main
 from grpo_kernels.train_config import TrainConfig, resolved_step_size
-from grpo_kernels.training_job import TrainingJob
+from grpo_kernels.training_job import Interrupted, TrainingJob
 
 REAL = Path(__file__).parent.parent.parent / "shared" / "data"
 TINY = {"hidden_size": 32, "num_layers": 1, "batch_size": 8, "eval_every": 3, "checkpoint_every": 2}
@@ -29,8 +29,8 @@ def tiny(out: Path, **options) -> TrainConfig:
 
 @pytest.fixture(autouse=True)
 def _small_task(monkeypatch: pytest.MonkeyPatch) -> None:
-    original = train.embedded_task.generate_pairs
-    monkeypatch.setattr(train.embedded_task, "generate_pairs", lambda n, seed: original(min(n, 60), seed))
+    original = embedded_task.generate_pairs
+    monkeypatch.setattr(embedded_task, "generate_pairs", lambda n, seed: original(min(n, 60), seed))
 
 
 def records(out: Path) -> list[dict]:
@@ -97,11 +97,11 @@ def test_stop_and_resume_equals_the_uninterrupted_run(
             os.kill(os.getpid(), signal.SIGINT)
 
     monkeypatch.setattr(TrainingJob, "_log", log_and_interrupt)
-    with pytest.raises(train.Interrupted):
+    with pytest.raises(Interrupted):
         train.start(tiny(broken, compare=True), resume=False)
     monkeypatch.undo()
-    _undone = train.embedded_task.generate_pairs
-    monkeypatch.setattr(train.embedded_task, "generate_pairs", lambda n, seed: _undone(min(n, 60), seed))
+    _undone = embedded_task.generate_pairs
+    monkeypatch.setattr(embedded_task, "generate_pairs", lambda n, seed: _undone(min(n, 60), seed))
     assert state_of(broken / f"{phase}.pt")["step"] == int(step)
     train.start(TrainConfig(out=str(broken)), resume=True)
     for name in ("sft", "robust", "plain"):
