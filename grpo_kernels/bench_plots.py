@@ -95,8 +95,8 @@ def _curves(picture: Path, series: list, x_of: Any, y_of: Any, labels: tuple[str
     for _, record in series:
         lines.setdefault((record["ours"], record["contender"]), []).append((x_of(record), y_of(record)))
     for (ours, name), points in sorted(lines.items(), reverse=True):
-        style, width = ("-", 2.2) if ours else ("--", 1.0)
-        axes.plot(*zip(*sorted(points), strict=True), style, linewidth=width, marker="o", markersize=4, label=name)
+        style, linewidth = ("-", 2.2) if ours else ("--", 1.0)
+        axes.plot(*zip(*sorted(points), strict=True), style, linewidth=linewidth, marker="o", markersize=4, label=name)
     axes.set_xscale("log", base=2)
     if y_of is _fraction:
         axes.axhline(1.0, color="tab:red", linewidth=1)
