@@ -167,6 +167,24 @@ def test_a_peer_that_is_wrong_or_raises_has_no_times(tmp_path: Path, monkeypatch
     assert "median_ms" not in records[1] | records[2]
 
 
+def test_contenders_see_the_same_logits() -> None:
+    """Also after one that wrote its gradient over them."""
+    inputs = LOGITS.inputs_of(SMALL, "cpu")
+    before = inputs[0].detach().clone()
+    seen = []
+
+    def look(logits: torch.Tensor, *rest: torch.Tensor) -> torch.Tensor:
+        seen.append(torch.equal(logits, before))
+        return logits.sum()
+
+    operations = {"torch in place": contender(LOGITS, "torch in place").build(SMALL), "look": look}
+    times, ruler, failed = bench_suite.measure_times(LOGITS, operations, SMALL, inputs, 2, "cpu")
+    assert seen == [True] * (2 + bench_suite.WARM_UP)
+    assert len(times["torch in place"]) == 2
+    assert ruler > 0
+    assert not failed
+
+
 def test_cost_counts_only_what_counts() -> None:
     linear = bench_cases.cost(LinearCase(4, 10, 8, 100, ignored=0.5))
     assert [linear[part].flops for part in ("forward", "backward", "both")] == [32000, 64000, 96000]
