@@ -182,7 +182,7 @@ def records_of(
 ) -> list[dict[str, Any]]:
     """A record for each contender; those that cannot run, fail or are wrong say why and have no times."""
     records: dict[str, dict[str, Any]] = {}
-    able = {}
+    able: dict[str, Contender] = {}
     for contender in suite.contenders:
         record: dict[str, Any] = {"op": suite.op, "contender": contender.name, "ours": contender.ours}
         records[contender.name] = record = record | {"also_computes": contender.computes, "case": asdict(case)}
@@ -197,37 +197,42 @@ def records_of(
             able[contender.name] = contender
         except Exception as error:  # a peer may raise anything; what fails costs the others nothing
             record["failed_because"] = _in_short(error)
-    inputs = suite.inputs_of(case, device)
-    operations = {one.name: one.build(case) for one in able.values()}
-    times, ruler, failed = measure_times(suite, operations, case, inputs, repetitions, device)
-    for one, reason in failed.items():
-        records[one]["failed_because"] = reason
-    matrix_rate = matrix_gflops(getattr(torch, case.dtype), device)
-    totals = {one: [forward + backward for forward, backward, _ in laps] for one, laps in times.items()}
-    baseline = totals.get(suite.contenders[0].name)
-    for one, laps in times.items():
-        record, middle = records[one], median(totals[one])
-        record["median_ms"], record["iqr_ms"] = _spread(totals[one])
-        record["repetitions"] = repetitions
-        record["times_faster_than_reference"] = round(median(baseline) / middle, 2) if baseline else None
-        for part, own in zip(("forward", "backward", "host"), zip(*laps, strict=True), strict=True):
-            record[f"{part}_ms"], record[f"{part}_iqr_ms"] = _spread(own)
-        record |= _against(case, ruler, middle, copied_gbps, matrix_rate)
-        again = partial(step, operations[one], inputs, device)
-        record["launches" if device == "cuda" else "operator_calls"] = operator_calls(again, device)
-        if device == "cuda":
-            record["peak_extra_mib"] = round(peak_extra_mib(again, device), 1)
-    del inputs, again
-    if device == "cpu":
-        for one in times:
+    for one, found in _measured(suite, case, able, repetitions, copied_gbps, device).items():
+        records[one] |= found
+        if device == "cpu" and "median_ms" in found:  # now that this process holds no inputs
             records[one]["peak_extra_mib"] = round(resident_peak_mib(name, able[one], case), 1)
     return list(records.values())
 
 
-def _spread(laps: Sequence[float]) -> tuple[float, list[float]]:
-    """(median, quartiles), to the hundredth of a millisecond, or four digits of a short time."""
+def _measured(
+    suite: Suite, case: Any, able: dict[str, Contender], repetitions: int, copied_gbps: float, device: str
+) -> dict[str, dict[str, Any]]:
+    """What measuring adds to each contender's record; on a CPU all but the memory."""
+    inputs = suite.inputs_of(case, device)
+    operations = {name: contender.build(case) for name, contender in able.items()}
+    times, ruler, failed = measure_times(suite, operations, case, inputs, repetitions, device)
+    matrix_rate = matrix_gflops(getattr(torch, case.dtype), device)
+    totals = {name: [forward + backward for forward, backward, _ in laps] for name, laps in times.items()}
+    baseline = totals.get(suite.contenders[0].name)
+    found: dict[str, dict[str, Any]] = {name: {"failed_because": reason} for name, reason in failed.items()}
+    for name, laps in times.items():
+        middle, again = median(totals[name]), partial(step, operations[name], inputs, device)
+        found[name] = record = _spread("median", "", totals[name])
+        record["repetitions"] = repetitions
+        record["times_faster_than_reference"] = round(median(baseline) / middle, 2) if baseline else None
+        for part, own in zip(("forward", "backward", "host"), zip(*laps, strict=True), strict=True):
+            record |= _spread(part, f"{part}_", own)
+        record |= _against(case, ruler, middle, copied_gbps, matrix_rate)
+        record["launches" if device == "cuda" else "operator_calls"] = operator_calls(again, device)
+        if device == "cuda":
+            record["peak_extra_mib"] = round(peak_extra_mib(again, device), 1)
+    return found
+
+
+def _spread(name: str, prefix: str, laps: Sequence[float]) -> dict[str, Any]:
+    """Median and quartiles, to the hundredth of a millisecond, or four digits of a short time."""
     low, middle, high = (round(lap, 2 if lap >= 10 else 4) for lap in quantiles(laps, n=4))
-    return middle, [low, high]
+    return {f"{name}_ms": middle, f"{prefix}iqr_ms": [low, high]}
 
 
 def _against(

@@ -165,6 +165,8 @@ def test_a_peer_that_is_wrong_or_raises_has_no_times(tmp_path: Path, monkeypatch
     assert "errors of loss" in records[1]["failed_because"]
     assert records[2]["failed_because"] == "RuntimeError: out of memory"
     assert "median_ms" not in records[1] | records[2]
+    only(monkeypatch, extra=(wrong,))
+    assert "failed_because" in bench.run([SMALL_LINEAR], tmp_path, quick=True)[0]
 
 
 def test_contenders_see_the_same_logits() -> None:
