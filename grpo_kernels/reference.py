@@ -82,8 +82,3 @@ def group_losses(
     assert group_sizes is not None
     sizes = group_sizes.to(losses.dtype)
     return sizes.sum() / sizes * sums / losses.shape[0]
-
-
-def updated_alpha(alpha: Tensor, group_losses: Tensor, step_size: float) -> Tensor:
-    """(K,): alpha_g exp(eta L_g) / sum_k alpha_k exp(eta L_k), in the log domain."""
-    return torch.softmax(alpha.log() + step_size * group_losses, dim=0)

@@ -3,21 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-LossType = Literal["sigmoid", "ipo", "hinge", "robust"]
-Estimator = Literal["importance", "group_mean"]
-UpdateMode = Literal["inline", "lagged"]
-Prior = Literal["uniform", "sizes"]
-Backend = Literal["auto", "triton", "cuda", "cpp", "torch", "reference"]
-
-LOSS_TYPES: tuple[str, ...] = get_args(LossType)
-ESTIMATORS: tuple[str, ...] = get_args(Estimator)
-UPDATE_MODES: tuple[str, ...] = get_args(UpdateMode)
-PRIORS: tuple[str, ...] = get_args(Prior)
+ESTIMATORS = ("importance", "group_mean")
+UPDATE_MODES = ("inline", "lagged")
+PRIORS = ("uniform", "sizes")
 
 IGNORE_INDEX = -100
 """Label of a position that does not count (prompt, padding): PyTorch's own convention."""

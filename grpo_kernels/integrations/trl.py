@@ -24,8 +24,9 @@ from torch import Tensor
 from grpo_kernels.group_weights import GroupWeights
 from grpo_kernels.integrations import transformers as hf
 from grpo_kernels.losses import GroupRobustLoss
+from grpo_kernels.pair_losses import PAIR_LOSSES
 from grpo_kernels.segments import segment_sum
-from grpo_kernels.types import IGNORE_INDEX, LOSS_TYPES, GroupRobustOutput
+from grpo_kernels.types import IGNORE_INDEX, GroupRobustOutput
 
 try:
     import trl
@@ -105,8 +106,8 @@ class GroupRobustDPOConfig(DPOConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if len(self.loss_type) != 1 or self.loss_type[0] not in LOSS_TYPES:
-            raise ValueError(f"loss_type must be one of {list(LOSS_TYPES)}, got {self.loss_type}")
+        if len(self.loss_type) != 1 or self.loss_type[0] not in PAIR_LOSSES:
+            raise ValueError(f"loss_type must be one of {list(PAIR_LOSSES)}, got {self.loss_type}")
         others = {"ld_alpha": None, "f_divergence_type": "reverse_kl", "use_weighting": False}
         for name, default in others.items():
             if getattr(self, name) != default:
