@@ -197,6 +197,12 @@ class GroupWeights(nn.Module):
         If any sum is not finite, alpha stays, ``skipped_updates`` grows by one and the first time warns.
         """
         self._check_statistics(group_loss_sums, group_counts)
+        if torch.compiler.is_compiling():
+            # Write copies: a compiled backward may run this again (activation checkpointing), from what is read here.
+            # Were that overwritten, the gradient would silently be that of an alpha moved twice.
+            self.log_alpha = self.log_alpha.clone()
+            if self.loss_ema:
+                self.ema_losses, self.ema_weights = self.ema_losses.clone(), self.ema_weights.clone()
         present = group_counts > 0
         losses = self.group_losses(group_loss_sums, group_counts)
         if self.estimator == "importance":  # an absent group's loss of 0 is unbiased as it stands
@@ -210,12 +216,7 @@ class GroupWeights(nn.Module):
             losses = losses + self.adjustment / self.group_sizes.double().sqrt()
         moved = self._moved_log_alpha(losses, present)
         # An empty batch, or one without finite losses, moves nothing.
-        log_alpha = torch.where(usable, moved, self.log_alpha)
-        if torch.compiler.is_compiling():
-            # Not in place: a compiled backward may recompute the loss's weights, and would do so from the moved alpha.
-            self.log_alpha = log_alpha
-        else:
-            self.log_alpha.copy_(log_alpha)
+        self.log_alpha.copy_(torch.where(usable, moved, self.log_alpha))
         self._weighed.clear()
         self.skipped_updates.add_((~finite).long())
         if not torch.compiler.is_compiling() and self.log_alpha.device.type == "cpu":
@@ -372,6 +373,9 @@ class GroupWeights(nn.Module):
 
     def _accumulate_later(self, group_loss_sums: Tensor, group_counts: Tensor) -> None:
         """`accumulate` of all ranks' statistics, whose sum is on its way while the backward runs."""
+        if torch.compiler.is_compiling():  # it has no collectives that are waited for elsewhere
+            self.accumulate(*group_sync.sum_over_ranks(group_loss_sums, group_counts, self.process_group))
+            return
         self._in_flight.append(group_sync.begin_sum_over_ranks(group_loss_sums, group_counts, self.process_group))
 
     def _receive(self) -> None:

@@ -250,7 +250,13 @@ def _group_robust_loss(
     beta: float,
     *options: Any,
 ) -> tuple[Tensor, ...]:
-    *values, process_group, gradient_scale, backend = options
+    *values, update, process_group, gradient_scale, backend = options
+    if update == "inline" and torch._C._current_graph_task_id() != -1:
+        # In a compiled backward. It hands over the alpha that the forward has overwritten, which would move once more.
+        raise RuntimeError(
+            f"backend={backend!r} moves alpha in place, so that a compiled GroupRobustLoss cannot be run again by "
+            "activation checkpointing: keep the loss outside the checkpointed region, or use backend='torch'"
+        )
     names = ("loss_type", "label_smoothing", "average", "ignore_index", "estimator", "step_size", "adjustment", "floor")
     return dispatch.fused_kernels_of(backend).group_robust_forward(
         logits,
@@ -266,7 +272,8 @@ def _group_robust_loss(
         pending_sums,
         pending_counts,
         skipped_updates,
-        **dict(zip((*names, "chi", "update"), values, strict=True)),
+        **dict(zip((*names, "chi"), values, strict=True)),
+        update=update,
         gradient_scale=gradient_scale,
         whole_batch=_sum_over(process_group) if process_group else None,
     )

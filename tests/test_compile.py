@@ -7,6 +7,7 @@ import torch
 from conftest import batch
 
 import grpo_kernels as gk
+from grpo_kernels import dispatch
 
 
 def ids() -> torch.Tensor:
@@ -127,21 +128,32 @@ def test_fullgraph(backend: str, compiler: str, inplace: bool) -> None:
     torch.testing.assert_close(loss_fn.group_weights.log_alpha, eager.group_weights.log_alpha)
 
 
-def test_a_compiled_backward_that_recomputes_uses_the_weights_of_its_forward() -> None:
+@pytest.mark.parametrize("options", [{}, {"update": "lagged"}, {"loss_ema": 0.5}], ids=["inline", "lagged", "ema"])
+def test_a_compiled_backward_that_recomputes_uses_the_weights_of_its_forward(backend: str, options: dict) -> None:
     from torch.utils.checkpoint import checkpoint
 
     def make() -> gk.GroupRobustLoss:
-        weights = gk.GroupWeights(group_sizes=[60, 35, 5], step_size=0.9)
-        return gk.GroupRobustLoss(weights, reference_free=True, backend="torch")
+        weights = gk.GroupWeights(group_sizes=[60, 35, 5], step_size=0.9, **options)
+        return gk.GroupRobustLoss(weights, reference_free=True, backend=backend)
 
-    logits, labels = batch(num_pairs=4, dtype=torch.float32)
-    expected = torch.autograd.grad(make()(logits * 1.0, labels, ids()).loss, logits)[0]
-    loss_fn = make()
+    torch.compiler.reset()
+    eager, loss_fn = make(), make()
     run = torch.compile(
-        lambda x: checkpoint(lambda y: loss_fn(y * 1.0, labels, ids()).loss, x, use_reentrant=False),
+        lambda x, labels: checkpoint(lambda y: loss_fn(y * 1.0, labels, ids()).loss, x, use_reentrant=False),
         backend="aot_eager",
     )
-    torch.testing.assert_close(torch.autograd.grad(run(logits), logits)[0], expected)
+    fused = dispatch.entry_of(backend).fuses_loss
+    for seed in (1, 2):
+        logits, labels = batch(num_pairs=4, dtype=torch.float32, seed=seed)
+        expected = torch.autograd.grad(eager(logits * 1.0, labels, ids()).loss, logits)[0]
+        loss = run(logits, labels)
+        if fused and not options:
+            with pytest.raises(RuntimeError, match="keep the loss outside the checkpointed region"):
+                torch.autograd.grad(loss, logits)
+        else:
+            torch.testing.assert_close(torch.autograd.grad(loss, logits)[0], expected)
+        for got, want in zip(loss_fn.group_weights.buffers(), eager.group_weights.buffers(), strict=True):
+            torch.testing.assert_close(got, want)
 
 
 def test_dynamic_shapes_and_another_beta() -> None:

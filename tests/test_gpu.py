@@ -153,11 +153,13 @@ def test_two_streams_at_once(backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_compiled_by_inductor(backend: str) -> None:
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])  # the second replays CUDA graphs
+def test_compiled_by_inductor(backend: str, mode: str) -> None:
+    torch.compiler.reset()
     inputs = problem(4, 64, 1000, torch.float32)
     eager, loss_fn = make(backend), make(backend)
-    compiled = torch.compile(loss_fn, fullgraph=True)
-    for _ in range(2):
+    compiled = torch.compile(loss_fn, fullgraph=True, mode=mode)
+    for _ in range(4):
         for got, want in zip(step(compiled, *inputs), step(eager, *inputs), strict=True):
             torch.testing.assert_close(got, want)
 

@@ -53,14 +53,13 @@ class PendingSum:
 
     def wait(self) -> tuple[Tensor, Tensor]:
         self.work.wait()
-        sums, counts = self.packed.chunk(2)
-        return sums, counts.to(self.count_dtype)
+        return _unpacked(self.packed, self.count_dtype)
 
 
 def begin_sum_over_ranks(
     group_loss_sums: Tensor, group_counts: Tensor, process_group: dist.ProcessGroup | None
 ) -> PendingSum:
-    packed = torch.cat([group_loss_sums.double(), group_counts.double()])
+    packed = _packed(group_loss_sums, group_counts)
     work = dist.all_reduce(packed, group=process_group, async_op=True)
     return PendingSum(packed, work, group_counts.dtype)
 
@@ -72,4 +71,15 @@ def sum_over_ranks(
 
     A NaN or inf of one rank's sums is in every rank's result, so that all of them skip the update alike.
     """
-    return begin_sum_over_ranks(group_loss_sums, group_counts, process_group).wait()
+    packed = _packed(group_loss_sums, group_counts)
+    dist.all_reduce(packed, group=process_group)  # torch.compile cannot trace begin_sum_over_ranks
+    return _unpacked(packed, group_counts.dtype)
+
+
+def _packed(group_loss_sums: Tensor, group_counts: Tensor) -> Tensor:
+    return torch.cat([group_loss_sums.double(), group_counts.double()])
+
+
+def _unpacked(packed: Tensor, count_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    sums, counts = packed.chunk(2)
+    return sums, counts.to(count_dtype)

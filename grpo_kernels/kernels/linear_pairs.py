@@ -141,7 +141,7 @@ def sweep_forward(
     present, groups = terms.group_ids.clamp(0, terms.offsets.shape[0] - 1).long().unique(return_inverse=True)
     offsets, rates = terms.offsets[present], terms.rates[present]
 
-    ends = counts.cumsum(0).long().tolist()
+    ends = counts.long().cumsum(0).tolist()
     starts = [0, *ends[:-1]]
     lengths = [ends[p] - starts[p] + ends[p + num_pairs] - starts[p + num_pairs] for p in range(num_pairs)]
     too_long, chunks = chunks_of_pairs(groups.tolist(), lengths, chunk_rows, moving=bool(rates.any()))

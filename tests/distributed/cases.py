@@ -114,6 +114,30 @@ def data_parallel_is_one_process() -> None:
 
 
 @case
+def compiled_is_eager() -> None:
+    """To the bit, in one graph, step after step, for each way in which statistics travel between ranks."""
+    rank, world = rank_and_world()
+    for backend in (name for name in backends() if name in ("triton", "torch")):
+        for update, total_pairs in (("inline", None), ("lagged", None), ("lagged", 7)):
+            torch.compiler.reset()
+            eager, ours = (gk.GroupRobustLoss(weights(None, update=update), backend=backend) for _ in range(2))
+            compiled = torch.compile(ours, fullgraph=True, dynamic=True, backend="aot_eager")
+            for step in range(2):
+                results = []
+                for loss_fn in (eager, compiled):
+                    logits, *rest = part(pairs(7, seed=step), shares(7, world)[rank])
+                    logits.requires_grad_()
+                    loss = loss_fn(logits, *rest, total_pairs=total_pairs).loss
+                    results.append((loss, *torch.autograd.grad(loss, logits)))
+                for weights_of in (eager.group_weights, ours.group_weights):
+                    if update == "lagged":
+                        weights_of.step()
+                assert all(torch.equal(*both) for both in zip(*results, strict=True))
+                assert torch.equal(ours.group_weights.log_alpha, eager.group_weights.log_alpha)
+                assert_equal_on_all_ranks(ours.group_weights.log_alpha)
+
+
+@case
 def every_output_is_differentiable() -> None:
     """group_losses and pair_losses of the fused and the composed path agree in value and gradient."""
     rank, world = rank_and_world()
