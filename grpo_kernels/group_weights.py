@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from grpo_kernels import validation
+from grpo_kernels import ops, validation  # noqa: F401  (defines torch.ops.grpo_kernels)
 from grpo_kernels.alpha_rules import ALPHA_RULES, moved_log_alpha
 from grpo_kernels.distributed import group_sync
 from grpo_kernels.types import ESTIMATORS, PRIORS, UPDATE_MODES
@@ -197,12 +197,6 @@ class GroupWeights(nn.Module):
         If any sum is not finite, alpha stays, ``skipped_updates`` grows by one and the first time warns.
         """
         self._check_statistics(group_loss_sums, group_counts)
-        if torch.compiler.is_compiling():
-            # Write copies: a compiled backward may run this again (activation checkpointing), from what is read here.
-            # Were that overwritten, the gradient would silently be that of an alpha moved twice.
-            self.log_alpha = self.log_alpha.clone()
-            if self.loss_ema:
-                self.ema_losses, self.ema_weights = self.ema_losses.clone(), self.ema_weights.clone()
         present = group_counts > 0
         losses = self.group_losses(group_loss_sums, group_counts)
         if self.estimator == "importance":  # an absent group's loss of 0 is unbiased as it stands
@@ -214,9 +208,10 @@ class GroupWeights(nn.Module):
         if self.adjustment:
             assert self.group_sizes is not None  # __init__ asked for them
             losses = losses + self.adjustment / self.group_sizes.double().sqrt()
-        moved = self._moved_log_alpha(losses, present)
+        log_alpha = _as_the_forward_finds_it(self.log_alpha)
+        moved = self._moved(log_alpha, losses, present)
         # An empty batch, or one without finite losses, moves nothing.
-        self.log_alpha.copy_(torch.where(usable, moved, self.log_alpha))
+        self.log_alpha.copy_(torch.where(usable, moved, log_alpha))
         self._weighed.clear()
         self.skipped_updates.add_((~finite).long())
         if not torch.compiler.is_compiling() and self.log_alpha.device.type == "cpu":
@@ -272,6 +267,8 @@ class GroupWeights(nn.Module):
         update = self.update_of_forward()
         self.check_ranks(update)
         own_sums, several_ranks = group_loss_sums.detach(), update != "none" and self.num_ranks > 1
+        if update != "none":
+            own_sums = _as_the_forward_finds_it(own_sums)  # in lagged mode, too, it must not be run again
         scale = 1.0 if update == "none" else self.gradient_scale
         if self.gradient_reduction == "mean" and update != "none":
             scale *= context_size
@@ -355,14 +352,14 @@ class GroupWeights(nn.Module):
             f"prior={self.prior!r}, loss_ema={self.loss_ema}"
         )
 
-    def _moved_log_alpha(self, losses: Tensor, present: Tensor) -> Tensor:
+    def _moved(self, log_alpha: Tensor, losses: Tensor, present: Tensor) -> Tensor:
         """log alpha after one step of the rule on ``chi * losses``."""
         log_prior = torch.zeros_like(losses)
         if self.prior == "sizes":
             assert self.group_sizes is not None  # __init__ asked for them
             log_prior = self.group_sizes.double().log()
         return moved_log_alpha(
-            self.log_alpha,
+            log_alpha,
             self.chi * losses,
             present,
             log_prior,
@@ -386,9 +383,9 @@ class GroupWeights(nn.Module):
     def _averaged(self, losses: Tensor, seen_now: Tensor) -> tuple[Tensor, Tensor]:
         """(running mean of each group's loss, groups seen so far), after the groups seen now have been taken in."""
         decay = self.loss_ema
-        kept = decay * self.ema_losses + (1 - decay) * losses
-        self.ema_losses.copy_(torch.where(seen_now, kept, self.ema_losses))
-        self.ema_weights.copy_(torch.where(seen_now, decay * self.ema_weights + (1 - decay), self.ema_weights))
+        sums, weights = (_as_the_forward_finds_it(buffer) for buffer in (self.ema_losses, self.ema_weights))
+        self.ema_losses.copy_(torch.where(seen_now, decay * sums + (1 - decay) * losses, sums))
+        self.ema_weights.copy_(torch.where(seen_now, decay * weights + (1 - decay), weights))
         seen = self.ema_weights > 0
         return torch.where(seen, self.ema_losses / self.ema_weights, 0), seen
 
@@ -482,6 +479,15 @@ class GroupWeights(nn.Module):
             return
         if abs(off) > 1e-9 or self.log_alpha.dtype != torch.float64:
             self.log_alpha = loaded - loaded.logsumexp(-1)
+
+
+def _as_the_forward_finds_it(x: Tensor) -> Tensor:
+    """x; under torch.compile a copy, by an operator that a backward does not run again (or raises when it does).
+
+    Else a compiled backward might compute something anew from a buffer that the forward has overwritten since, and the
+    gradient would silently be that of an alpha moved twice.
+    """
+    return torch.ops.grpo_kernels.copy_in_forward(x) if torch.compiler.is_compiling() else x
 
 
 class _SharedReference:

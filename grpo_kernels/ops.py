@@ -24,6 +24,7 @@ _SAVED = (
     "int ignore_index, bool packed"
 )
 _SCHEMAS = (
+    "copy_in_forward(Tensor x) -> Tensor",
     "token_logps(Tensor logits, Tensor labels, int ignore_index, str backend) -> (Tensor, Tensor)",
     "token_logps_backward(Tensor dtoken_logps, Tensor logits, Tensor labels, Tensor lse, int ignore_index, "
     "str backend) -> Tensor",
@@ -51,6 +52,24 @@ _SCHEMAS = (
     f"group_robust_loss_backward({_UPSTREAM}, Tensor logits, {_SAVED}, str backend) -> Tensor",
     f"group_robust_loss_backward_({_UPSTREAM}, Tensor(a!) logits, {_SAVED}, str backend) -> ()",
 )
+
+
+def _check_in_forward() -> None:
+    """A compiled forward cannot know that it is run again: it would move alpha once more."""
+    if torch._C._current_graph_task_id() != -1:
+        raise RuntimeError(
+            "a compiled GroupRobustLoss cannot be run again inside a backward by activation checkpointing: "
+            "keep the loss outside the checkpointed region"
+        )
+
+
+def _copy_in_forward(x: Tensor) -> Tensor:
+    _check_in_forward()
+    return x.clone()
+
+
+def _copy_in_forward_fake(x: Tensor) -> Tensor:
+    return torch.empty_like(x)
 
 
 def _token_logps(logits: Tensor, labels: Tensor, ignore_index: int, backend: str) -> tuple[Tensor, Tensor]:
@@ -251,12 +270,8 @@ def _group_robust_loss(
     *options: Any,
 ) -> tuple[Tensor, ...]:
     *values, update, process_group, gradient_scale, backend = options
-    if update == "inline" and torch._C._current_graph_task_id() != -1:
-        # In a compiled backward. It hands over the alpha that the forward has overwritten, which would move once more.
-        raise RuntimeError(
-            f"backend={backend!r} moves alpha in place, so that a compiled GroupRobustLoss cannot be run again by "
-            "activation checkpointing: keep the loss outside the checkpointed region, or use backend='torch'"
-        )
+    if update != "none":
+        _check_in_forward()
     names = ("loss_type", "label_smoothing", "average", "ignore_index", "estimator", "step_size", "adjustment", "floor")
     return dispatch.fused_kernels_of(backend).group_robust_forward(
         logits,
@@ -353,6 +368,7 @@ def _group_robust_loss_backward_inplace_fake(*_: Any) -> None:
 
 
 _OPERATORS = (
+    ("copy_in_forward", _copy_in_forward, _copy_in_forward_fake),
     ("token_logps", _token_logps, _token_logps_fake),
     ("token_logps_backward", _token_logps_backward, _token_logps_backward_fake),
     ("token_logps_backward_", _token_logps_backward_inplace, _token_logps_backward_inplace_fake),

@@ -326,7 +326,7 @@ def _move_alpha(
     FLOOR: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """GroupWeights._moved_log_alpha: the present groups share their mass anew, the absent ones keep theirs."""
+    """alpha_rules.moved_log_alpha: the present groups share their mass anew, the absent ones keep theirs."""
     score_max = tl.full((), LOWEST, tl.float64)
     score_sum = tl.full((), 0.0, tl.float64)
     mass_max = tl.full((), LOWEST, tl.float64)
