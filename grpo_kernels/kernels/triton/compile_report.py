@@ -127,7 +127,7 @@ def _specialisation(variant: Variant, names: list[str]) -> tuple[dict[str, str],
         **dict.fromkeys(("ROWS", "PAIRS", "ALPHA", "PACKED", "AVERAGE", "IMPORTANCE"), True),
         **dict.fromkeys(("HAS_REF", "HAS_BETA", "HAS_MARGIN", "HAS_WEIGHTS"), True),
         **{"LOSS": "sigmoid", "ADJUSTMENT": 1.0, "FLOOR": 0.1, "CHI": 0.5, "UPDATE": "inline"},
-        **{name: getattr(group_robust, name) for name in ("BLOCK_T", "BLOCK_B", "BLOCK_J", "BLOCK_K")},
+        **{name: getattr(group_robust, name) for name in ("BLOCK_T", "BLOCK_B", "BLOCK_K")},
     }
     signature = {}
     for name in names:
@@ -149,12 +149,15 @@ def _divisible(variant: Variant, signature: dict[str, str]) -> list[str]:
 
 def _resources(ptx: str, capability: int) -> tuple[int, int]:
     """(registers a thread, bytes spilled) by ptxas."""
-    from triton.backends.nvidia.compiler import get_ptxas, sm_arch_from_capability
+    from triton import knobs
+    from triton.backends.nvidia.compiler import sm_arch_from_capability
 
+    newer = getattr(knobs.nvidia, "ptxas_blackwell", None)  # Triton 3.4 has one assembler for all
+    ptxas = newer if newer and capability >= 100 else knobs.nvidia.ptxas
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "kernel.ptx"
         source.write_text(ptx)
-        command = [get_ptxas(capability).path, "-v", f"--gpu-name={sm_arch_from_capability(capability)}"]
+        command = [ptxas.path, "-v", f"--gpu-name={sm_arch_from_capability(capability)}"]
         said = subprocess.run(
             [*command, str(source), "-o", str(Path(folder) / "kernel.o")], capture_output=True, text=True, check=True
         ).stderr

@@ -110,7 +110,6 @@ def pairs_and_group_sums(
     HAS_MARGIN: tl.constexpr,
     HAS_WEIGHTS: tl.constexpr,
     BLOCK_B: tl.constexpr,
-    BLOCK_J: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
     """Fill LOGPS, REWARDS, PAIR_LOSSES, SLOPES, SUMS and the counts."""
@@ -161,13 +160,10 @@ def pairs_and_group_sums(
         group = _safe_group(group_ids_ptr, i, inside, K)
         total = tl.zeros((BLOCK_B,), tl.float64)
         count = tl.zeros((BLOCK_B,), tl.int32)
-        for first_j in range(0, B, BLOCK_J):
-            j = first_j + tl.arange(0, BLOCK_J)
-            other = _safe_group(group_ids_ptr, j, j < B, K)
-            loss = tl.load(pair_ptr + PAIR_LOSSES * B + j, j < B, other=0.0).to(tl.float64)
-            same = (group[:, None] == other[None, :]) & (j < B)[None, :]
-            total += tl.sum(tl.where(same, loss[None, :], 0.0), 1)
-            count += tl.sum(same.to(tl.int32), 1)
+        for j in range(0, B):
+            same = group == _safe_group(group_ids_ptr, j, j < B, K)
+            total += tl.where(same, tl.load(pair_ptr + PAIR_LOSSES * B + j).to(tl.float64), 0.0)
+            count += same.to(tl.int32)
         # Every pair of a group stores the same numbers.
         tl.store(group_ptr + SUMS * K + group, total, inside)
         tl.store(counts_ptr + group, count, inside)

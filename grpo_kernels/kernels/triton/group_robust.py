@@ -38,7 +38,6 @@ from grpo_kernels.kernels.triton.tiles import row_splits, tile_for
 # Blocks of the finishing program: an element a thread, so that it needs few registers: they are those of every program.
 BLOCK_T = 128  # 256 spills on sm_100
 BLOCK_B = 256
-BLOCK_J = 2
 BLOCK_K = 256
 # With more groups, the finish is a second launch of one program with wider blocks. Not measured yet.
 FUSED_GROUPS = 4096
@@ -164,7 +163,6 @@ def _group_robust_fwd_kernel(
     UPDATE: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_B: tl.constexpr,
-    BLOCK_J: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
     """Stages ROWS (a program for each row and split), PAIRS and ALPHA (the last of those, or one program alone)."""
@@ -211,7 +209,7 @@ def _group_robust_fwd_kernel(
             pairs_and_group_sums(
                 logps_ptr, sequence_ptr, pair_ptr, group_ptr, counts_ptr, ref_ptr, group_ids_ptr, beta_ptr, margin_ptr,
                 weights_ptr, beta_high, beta_low, e_high, e_low, S, K, LOSS, AVERAGE, HAS_REF, HAS_BETA, HAS_MARGIN,
-                HAS_WEIGHTS, BLOCK_B, BLOCK_J, BLOCK_K,
+                HAS_WEIGHTS, BLOCK_B, BLOCK_K,
             )  # fmt: skip
         if ALPHA:
             alpha_loss_and_coefficients(
@@ -339,7 +337,6 @@ def group_robust_forward(
         "UPDATE": update,
         "BLOCK_T": BLOCK_T,
         "BLOCK_B": BLOCK_B,
-        "BLOCK_J": BLOCK_J,
         "num_warps": tile.num_warps,
     }
     fits, alone = num_groups <= FUSED_GROUPS, whole_batch is None
