@@ -246,6 +246,25 @@ def test_accumulation_is_one_large_batch(tmp_path: Path) -> None:
     assert_same(parameters(many), parameters(one), 1e-6)
 
 
+@pytest.mark.parametrize("reference", ["model", "adapter", "precomputed"])
+def test_compiled_is_eager(tmp_path: Path, reference: str) -> None:
+    """``torch_compile=True`` hands the trainer models that are wrapped once more."""
+    lora = peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM", init_lora_weights=False)
+    trained = []
+    for options in ({}, {"torch_compile": True, "torch_compile_backend": "aot_eager"}):
+        torch.compiler.reset()
+        model = llama()
+        if reference == "adapter":
+            model = peft.get_peft_model(model, lora)
+        options = {**options, "precompute_ref_log_probs": reference == "precomputed", "max_steps": 2}
+        trained.append(trainer(tmp_path, model=model, eval_data=pairs(4, 50), **options))
+        trained[-1].train()
+        trained[-1].evaluate()
+    eager, compiled = trained
+    for name in ("loss", "eval_loss", "groups/usual/alpha", "logps/chosen"):
+        assert steps(compiled, name) == pytest.approx(steps(eager, name), rel=1e-6), name
+
+
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_resumed_is_uninterrupted(tmp_path: Path, accumulation: int) -> None:
     options = {"save_strategy": "steps", "save_steps": 2, "gradient_accumulation_steps": accumulation}

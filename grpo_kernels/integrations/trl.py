@@ -279,7 +279,8 @@ class GroupRobustDPOTrainer(DPOTrainer):
         if "ref_chosen_logps" in inputs:
             ref_logps = torch.cat([inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]]).to(logps.dtype)
         else:
-            ref_logps = self._reference_logps(self.ref_model or self.model, inputs)
+            ref_model = self.model if self.ref_model is None else self.ref_model
+            ref_logps = self._reference_logps(ref_model, inputs)
         lengths = (labels[:, 1:] != IGNORE_INDEX).sum(1).clamp(min=1) if self.args.average_log_prob else 1
         out = self.loss_fn.from_logps(
             logps / lengths,
