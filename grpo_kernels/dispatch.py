@@ -49,8 +49,12 @@ class BackendEntry:
     """Whether its module is also a FusedKernelBackend."""
 
 
+# These are found out once, and not while torch.compile traces.
+TRITON_IS_INSTALLED = importlib.util.find_spec("triton") is not None
+
+
 def _triton_not_usable_here() -> list[str]:
-    if importlib.util.find_spec("triton") is None:
+    if not TRITON_IS_INSTALLED:
         return ["triton is not installed (a CUDA build of PyTorch brings it)"]
     if not torch.cuda.is_available() and not _triton_interprets():
         return [
@@ -80,7 +84,7 @@ def _extension_problem() -> str | None:
     return None
 
 
-EXTENSION_PROBLEM = _extension_problem()  # once, and not while torch.compile traces
+EXTENSION_PROBLEM = _extension_problem()
 
 
 def _cpp_not_usable_here() -> list[str]:
@@ -131,13 +135,18 @@ def _cuda_not_usable_here() -> list[str]:
     return []
 
 
+@torch.compiler.assume_constant_result
+def _unfit_capability(device_index: int | None) -> str | None:
+    """The device's compute capability where the build has no code for it. (torch.compile cannot trace the question.)"""
+    capability = torch.cuda.get_device_capability(device_index)
+    return None if runs_on(CUDA_BUILD or "", capability) else "{}.{}".format(*capability)
+
+
 def _cuda_cannot_run(request: Request) -> list[str]:
     if request.device.type != "cuda":
         return [f"{request.argument} are on {request.device}, needs a CUDA device"]
-    capability = torch.cuda.get_device_capability(request.device)
-    if not runs_on(CUDA_BUILD or "", capability):
-        return [f"the device's capability is {capability[0]}.{capability[1]}, the kernels were built by {CUDA_BUILD}"]
-    return []
+    unfit = _unfit_capability(request.device.index)
+    return [f"the device's capability is {unfit}, the kernels were built by {CUDA_BUILD}"] if unfit else []
 
 
 # The order is that of preference: `auto` takes the first entry that can run the input.

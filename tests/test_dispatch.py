@@ -121,6 +121,26 @@ def test_environment_variable_names_auto(monkeypatch: pytest.MonkeyPatch) -> Non
         dispatch.select("auto", REQUEST)
 
 
+def test_reasons_about_a_gpu_can_be_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.compile traces what each backend says of a GPU's input: no test that lacks one does it otherwise."""
+    monkeypatch.setattr(dispatch, "TRITON_IS_INSTALLED", True)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(dispatch, "CUDA_BUILD", "nvcc 13.0.88, sm_80 sm_90a compute_80")
+
+    @torch.compile(fullgraph=True, dynamic=True, backend="eager")
+    def triton_and_cuda(logits: torch.Tensor) -> torch.Tensor:
+        request = dispatch.Request("logits", tuple(logits.shape), logits.dtype, torch.device("cuda", 0))
+        taken = [dispatch.select(name, request).name for name in ("auto", "triton")]
+        return logits + len(taken[0] + taken[1]) + 100 * len(dispatch._cuda_cannot_run(request))
+
+    for capability, refusals in (((9, 0), 0), ((7, 5), 1)):
+        torch.compiler.reset()
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, found=capability: found)
+        for length in (3, 4):
+            got = int(triton_and_cuda(torch.zeros(2, length))[0, 0])
+            assert got == len("tritontriton") + 100 * refusals
+
+
 def test_unusable_here_wins_over_the_input(monkeypatch: pytest.MonkeyPatch) -> None:
     absent = dispatch.BackendEntry("absent", "-", "no.such.module", not_usable_here=lambda: ["not built"])
     monkeypatch.setattr(dispatch, "BACKENDS", [absent, *dispatch.BACKENDS])
