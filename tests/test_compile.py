@@ -151,10 +151,13 @@ def test_run_again_by_checkpointing_it_raises_or_is_exact(backend: str, compiled
         expected = torch.autograd.grad(eager(logits * 1.0, labels, ids()).loss, logits)[0]
         loss = run(logits, labels, ids())
         try:
-            torch.testing.assert_close(torch.autograd.grad(loss, logits)[0], expected)
+            gradient = torch.autograd.grad(loss, logits)[0]
+        except RuntimeError as error:
+            if "keep the loss outside the checkpointed region" not in str(error):
+                raise
+        else:  # versions of PyTorch differ in what a compiled checkpoint runs again
             assert compiled == "checkpoint"
-        except RuntimeError as error:  # versions of PyTorch differ in what a compiled checkpoint runs again
-            assert "keep the loss outside the checkpointed region" in str(error)
+            torch.testing.assert_close(gradient, expected)
         for got, want in zip(loss_fn.group_weights.buffers(), eager.group_weights.buffers(), strict=True):
             torch.testing.assert_close(got, want)
 

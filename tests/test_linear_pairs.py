@@ -72,7 +72,7 @@ def sweep_is_exact(
     plain, plain_grads = value_and_grads(inputs, unfused)
     loss_fn = gk.LinearGroupRobustLoss(make_weights(), plan="sweep", backend=backend, **options)
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
+        warnings.simplefilter("error", RuntimeWarning)
         got, grads = value_and_grads(
             inputs, lambda x: loss_fn(x[0], x[1], labels, ids(), ref_logps=ref, bias=x[2], **pair).loss
         )
@@ -197,7 +197,7 @@ def test_groups_that_the_batch_lacks() -> None:
     for plan in ("sweep", "recompute"):
         weights = group_weights(group_sizes=[40, 7, 25, 900, 3], step_size=0.2)
         with warnings.catch_warnings():
-            warnings.simplefilter("error")
+            warnings.simplefilter("error", RuntimeWarning)
             out = gk.LinearGroupRobustLoss(weights, plan=plan)(*inputs[:2], labels, 2 * ids(), ref_logps=ref)
             grads.append(torch.autograd.grad(out.loss, inputs[:2]))
     for one, other in zip(*grads, strict=True):
@@ -231,7 +231,7 @@ def test_pairs_longer_than_a_chunk(moving: bool) -> None:
     # So small that it would pass for rounding, were those sequences not known to be missing.
     upstream = torch.where(swept.is_swept, 2.0, 1e-16) * whole.forecast
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
+        warnings.simplefilter("error", RuntimeWarning)
         got = linear_pairs.sweep_backward(inputs[0], upstream, *inputs[1:], swept, *options[1:], torch.float32)
     expected = linear_pairs.sweep_backward(
         inputs[0], upstream, *inputs[1:], whole, *options[1:3], 1000, options[4], torch.float32
@@ -300,7 +300,7 @@ def test_backward_twice_and_checkpointing() -> None:
     again = torch.autograd.grad(loss, inputs)
     loss_fn = gk.LinearGroupRobustLoss(group_weights(), plan="sweep")
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
+        warnings.simplefilter("error", RuntimeWarning)
         once_more = torch.autograd.grad(checkpoint(loss_of, loss_fn, *inputs, use_reentrant=False), inputs)
     for one, two, three in zip(first, again, once_more, strict=True):
         assert torch.equal(one, two)
