@@ -5,6 +5,7 @@ Needs Triton's NVIDIA compiler, which its Linux wheels carry, and a process with
 
 from __future__ import annotations
 
+import inspect
 import os
 import re
 import subprocess
@@ -149,11 +150,10 @@ def _divisible(variant: Variant, signature: dict[str, str]) -> list[str]:
 
 def _resources(ptx: str, capability: int) -> tuple[int, int]:
     """(registers a thread, bytes spilled) by ptxas."""
-    from triton import knobs
-    from triton.backends.nvidia.compiler import sm_arch_from_capability
+    from triton.backends.nvidia.compiler import get_ptxas, sm_arch_from_capability
 
-    newer = getattr(knobs.nvidia, "ptxas_blackwell", None)  # Triton 3.4 has one assembler for all
-    ptxas = newer if newer and capability >= 100 else knobs.nvidia.ptxas
+    # Triton 3.4 has one assembler for all architectures, and later versions choose in different ways.
+    ptxas = get_ptxas(capability) if inspect.signature(get_ptxas).parameters else get_ptxas()
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "kernel.ptx"
         source.write_text(ptx)
