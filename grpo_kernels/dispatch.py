@@ -135,11 +135,14 @@ def _cuda_not_usable_here() -> list[str]:
     return []
 
 
-@torch.compiler.assume_constant_result
 def _unfit_capability(device_index: int | None) -> str | None:
-    """The device's compute capability where the build has no code for it. (torch.compile cannot trace the question.)"""
+    """The device's compute capability where the build has no code for it."""
     capability = torch.cuda.get_device_capability(device_index)
     return None if runs_on(CUDA_BUILD or "", capability) else "{}.{}".format(*capability)
+
+
+# torch.compile cannot trace it. This is what torch.compiler.assume_constant_result does, which takes seconds to import.
+_unfit_capability._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _cuda_cannot_run(request: Request) -> list[str]:
