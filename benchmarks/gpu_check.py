@@ -84,8 +84,11 @@ def _needs_sanitizer() -> str | None:
 
 
 def _test_commands(out: Path) -> list[list[str]]:
-    parallel = ["-n", "6"] if importlib.util.find_spec("xdist") else []
-    return [_python("-m", "pytest", "-q", "tests", "-k", "triton or cuda or gpu", "-p", "no:cacheprovider", *parallel)]
+    """What runs on the GPU; not the block simulator, nor the tests of this script."""
+    parallel = ["-n", "12", "--dist", "worksteal"] if importlib.util.find_spec("xdist") else []
+    without = ["--ignore=tests/test_cuda.py", "--ignore=tests/test_gpu_check.py"]
+    chosen = "(triton or cuda or gpu) and not simulated"
+    return [_python("-m", "pytest", "-q", "tests", "-k", chosen, *without, "-p", "no:cacheprovider", *parallel)]
 
 
 def _sanitizer_commands(out: Path) -> list[list[str]]:

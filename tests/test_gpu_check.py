@@ -114,8 +114,9 @@ def test_tuner_rehearsal(monkeypatch: pytest.MonkeyPatch) -> None:
 
     before = dict(tiles.TILES)
     monkeypatch.setattr(tuner, "candidates", lambda: [("forward", 4, 128, 4), ("backward", 4, 128, 4)])
-    records = tuner.measure("cpu", 4, (200, 301), budget=60, repetitions=1)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    records = tuner.measure(device, 4, (200, 301), budget=60, repetitions=1)
     assert [(r["pass"], r["block"]) for r in records] == [("backward", 128), ("forward", 128)]
     assert all(record["gbps"] >= 0 for record in records)
     assert before == tiles.TILES
-    assert tuner.measure("cpu", 4, (200,), budget=-1.0) == []
+    assert tuner.measure(device, 4, (200,), budget=-1.0) == []
