@@ -115,19 +115,11 @@ class GroupWeights(nn.Module):
         validation.check_number("chi", chi, 0.0, 1.0)
         validation.check_choice("estimator", estimator, ESTIMATORS)
         validation.check_choice("update", update, UPDATE_MODES)
-        if num_groups is not None and (isinstance(num_groups, bool) or not isinstance(num_groups, int)):
-            raise TypeError(f"num_groups must be an int, got {type(num_groups).__name__}")
-        if num_groups is not None and num_groups < 1:
-            raise ValueError(f"num_groups must be at least 1, got {num_groups}")
-        if group_sizes is None:
-            if num_groups is None:
-                raise ValueError("num_groups or group_sizes must be given, got neither")
-            if estimator == "importance" or adjustment or prior == "sizes":
-                reason = f"adjustment={adjustment}" if adjustment else "prior='sizes'"
-                reason = "estimator='importance'" if estimator == "importance" else reason
-                raise ValueError(f"group_sizes must be given for {reason}, got None")
-        sizes = None if group_sizes is None else validation.group_sizes_tensor(group_sizes, num_groups)
-        self.num_groups: int = int(sizes.shape[0]) if sizes is not None else int(num_groups or 0)
+        needs = {"estimator='importance'": estimator == "importance", "prior='sizes'": prior == "sizes"}
+        needs[f"adjustment={adjustment}"] = adjustment > 0
+        self.num_groups, sizes = validation.groups(
+            num_groups, group_sizes, [name for name, is_true in needs.items() if is_true]
+        )
         self.rule = rule
         self.step_size = self.rule_parameter if rule == "exponentiated_gradient" else 0.0
         self.prior = prior
@@ -138,7 +130,7 @@ class GroupWeights(nn.Module):
         self.floor = float(floor)
         self.chi = float(chi)
         self.gradient_reduction = gradient_reduction
-        self._ranks = _SharedReference(process_group)
+        self._ranks = group_sync.SharedGroup(process_group)
         self._in_flight: list[group_sync.PendingSum] = []
         self._warned = False
         self._weighed: list[Tensor] = []
@@ -488,16 +480,3 @@ def _as_the_forward_finds_it(x: Tensor) -> Tensor:
     gradient would silently be that of an alpha moved twice.
     """
     return torch.ops.grpo_kernels.copy_in_forward(x) if torch.compiler.is_compiling() else x
-
-
-class _SharedReference:
-    """Holds a process group, which can be neither copied nor pickled: copies share it, and a pickle drops it."""
-
-    def __init__(self, value: ProcessGroup | None) -> None:
-        self.value = value
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> _SharedReference:
-        return self
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _SharedReference, (None,)

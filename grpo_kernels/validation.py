@@ -290,3 +290,20 @@ def group_sizes_tensor(group_sizes: Any, num_groups: int | None) -> Tensor:
         group = int((sizes < 1).nonzero()[0])
         raise ValueError(f"group_sizes must be at least 1, got {int(sizes[group])} for group {group}")
     return sizes.to(torch.int64)
+
+
+def groups(num_groups: Any, group_sizes: Any, needs_sizes: Sequence[str]) -> tuple[int, Tensor | None]:
+    """(K, sizes (K,) int64 or None) from either or both; ``needs_sizes`` names the options that need sizes."""
+    if num_groups is not None:
+        if isinstance(num_groups, bool) or not isinstance(num_groups, int):
+            raise TypeError(f"num_groups must be an int, got {type(num_groups).__name__}")
+        if num_groups < 1:
+            raise ValueError(f"num_groups must be at least 1, got {num_groups}")
+    if group_sizes is not None:
+        sizes = group_sizes_tensor(group_sizes, num_groups)
+        return int(sizes.shape[0]), sizes
+    if num_groups is None:
+        raise ValueError("num_groups or group_sizes must be given, got neither")
+    if needs_sizes:
+        raise ValueError(f"group_sizes must be given for {needs_sizes[0]}, got None")
+    return num_groups, None

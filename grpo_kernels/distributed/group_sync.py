@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -83,3 +84,16 @@ def _packed(group_loss_sums: Tensor, group_counts: Tensor) -> Tensor:
 def _unpacked(packed: Tensor, count_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     sums, counts = packed.chunk(2)
     return sums, counts.to(count_dtype)
+
+
+class SharedGroup:
+    """Holds a process group, which can be neither copied nor pickled: copies share it, and a pickle drops it."""
+
+    def __init__(self, value: dist.ProcessGroup | None) -> None:
+        self.value = value
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SharedGroup:
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return SharedGroup, (None,)
