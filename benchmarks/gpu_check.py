@@ -132,7 +132,7 @@ def _csrc_commands(out: Path) -> list[list[str]]:
     return [_python("-c", build), _python("benchmarks/cuda_registers.py", "90a")]
 
 
-# In this order while there is time; names of grpo_kernels/bench_cases.py.
+# In this order while there is time; names of grpo_kernels/bench/cases.py.
 BENCH = ["logits/llama-3-8b/short", "logits/llama-3-8b/large", "logits/llama-3-8b/large50", "logits/qwen2.5-7b/large"]
 BENCH_LINEAR = ["linear/llama-3-8b/large", "linear/llama-3-8b/large50", "linear/qwen2.5-0.5b/large"]
 
@@ -231,7 +231,7 @@ def _bench_line(record: dict[str, Any]) -> str:
 
 def device_folder() -> str:
     """In a process of its own: this one never holds the GPU."""
-    probe = "from grpo_kernels import bench_machine; print(bench_machine.folder_name('cuda'))"
+    probe = "from grpo_kernels.bench import machine; print(machine.folder_name('cuda'))"
     ran = subprocess.run(_python("-c", probe), capture_output=True, text=True, check=False, cwd=ROOT)
     return ran.stdout.strip() or "no-gpu"
 

@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
-from grpo_kernels import bench, bench_cases
-from grpo_kernels.bench_suite import gate, step
+from grpo_kernels.bench import cases as bench_cases
+from grpo_kernels.bench import command as bench
+from grpo_kernels.bench.suite import gate, step
 
 CASES = {bench.suite_name(case): case for case in bench_cases.QUICK}
 

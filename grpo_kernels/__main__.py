@@ -31,7 +31,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _add_reproduce(command: argparse.ArgumentParser) -> None:
-    from grpo_kernels.reproduce import ReproduceConfig
+    from grpo_kernels.paper.command import ReproduceConfig
 
     defaults = ReproduceConfig()
     for name, help_text in (
@@ -46,8 +46,8 @@ def _add_reproduce(command: argparse.ArgumentParser) -> None:
 
 
 def _add_train(command: argparse.ArgumentParser) -> None:
-    from grpo_kernels.sampling import STRATEGIES
-    from grpo_kernels.train_config import TrainConfig
+    from grpo_kernels.groups.sampling import STRATEGIES
+    from grpo_kernels.training.config import TrainConfig
 
     defaults = TrainConfig()
 
@@ -93,17 +93,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 
             return doctor.command(arguments["json"], arguments["kernels"], arguments["linear"], arguments["dtype"])
         if name == "bench":
-            from grpo_kernels import bench
+            from grpo_kernels.bench.command import bench
 
-            return bench.command(names=arguments.pop("cases"), **arguments)
+            return bench(names=arguments.pop("cases"), **arguments)
         if name == "reproduce":
-            from grpo_kernels import reproduce
+            from grpo_kernels.paper.command import ReproduceConfig, reproduce
 
-            return reproduce.command(reproduce.ReproduceConfig(**arguments))
-        from grpo_kernels import train
+            return reproduce(ReproduceConfig(**arguments))
+        from grpo_kernels.training.command import TrainConfig, train
 
         resume = arguments.pop("resume")
-        return train.command(train.TrainConfig(**arguments), resume)
+        return train(TrainConfig(**arguments), resume)
     except (ValueError, TypeError, OSError, ImportError, NotImplementedError) as error:
         print(f"grpo_kernels {name}: {error}", file=sys.stderr)
         return 2

@@ -10,10 +10,9 @@ from typing import Any
 
 import torch
 
-from grpo_kernels import dispatch
 from grpo_kernels._version import __version__
 from grpo_kernels.functional import MAX_EXTRA_BYTES
-from grpo_kernels.kernels import linear_plan
+from grpo_kernels.kernels import dispatch, linear_plan
 
 PACKAGES = ("torch", "triton", "numpy", "transformers", "tokenizers", "trl", "matplotlib", "rich")
 

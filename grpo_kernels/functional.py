@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from grpo_kernels import dispatch, reference, validation
-from grpo_kernels.autograd import LinearPairLogps, LinearTokenLogps, PairLossFunction, TokenLogps
+from grpo_kernels import reference, validation
 from grpo_kernels.distributed import dtensor, vocab_parallel
 from grpo_kernels.distributed.context_parallel import SumOverRanks
+from grpo_kernels.kernels import dispatch
 from grpo_kernels.kernels import linear_plan as plans
+from grpo_kernels.kernels.autograd import LinearPairLogps, LinearTokenLogps, PairLossFunction, TokenLogps
 from grpo_kernels.kernels.linear import LinearHead
 from grpo_kernels.kernels.linear_pairs import PairTerms
 from grpo_kernels.pair_losses import PAIR_LOSSES

@@ -8,9 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from grpo_kernels import validation
-from grpo_kernels.autograd import FusedGroupRobustLoss
 from grpo_kernels.distributed import dtensor, group_sync
-from grpo_kernels.forecast import forecast_of
 from grpo_kernels.functional import (
     MAX_EXTRA_BYTES,
     aligned_labels_and_backend,
@@ -20,8 +18,10 @@ from grpo_kernels.functional import (
     preference_losses,
     sequence_logps,
 )
-from grpo_kernels.group_weights import GroupWeights
+from grpo_kernels.groups.forecast import forecast_of
+from grpo_kernels.groups.weights import GroupWeights
 from grpo_kernels.kernels import group_robust as tables
+from grpo_kernels.kernels.autograd import FusedGroupRobustLoss
 from grpo_kernels.kernels.linear_pairs import PairTerms
 from grpo_kernels.pair_losses import PAIR_LOSSES
 from grpo_kernels.segments import segment_sum

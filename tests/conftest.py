@@ -18,7 +18,7 @@ if not torch.cuda.is_available():
 import simulated_cuda
 
 import grpo_kernels as gk
-from grpo_kernels import dispatch
+from grpo_kernels.kernels import dispatch
 
 SIMULATED = "cuda-simulated"  # the CUDA kernels on the CPU, for every test that takes the backend fixture
 if simulated_cuda.missing() is None:

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import grpo_kernels as gk
-from grpo_kernels import algorithm
-from grpo_kernels.sampling import GroupBatchSampler
+from grpo_kernels.groups.sampling import GroupBatchSampler
+from grpo_kernels.paper import algorithm
 
 IDS = torch.tensor([0, 1, 1, 1, 0, 1, 1, 2, 1, 1])
 SIZES = [2, 7, 1]

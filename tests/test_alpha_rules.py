@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import grpo_kernels as gk
-from grpo_kernels.alpha_rules import ALPHA_RULES, moved_log_alpha
+from grpo_kernels.groups.rules import ALPHA_RULES, moved_log_alpha
 
 PARAMETERS = {
     "exponentiated_gradient": [0.0, 0.3, 5.0],

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from grpo_kernels import bandit
+from grpo_kernels.paper import bandit
 
 
 def feature(kind: str, group: int, x: list[float], action: int, i: int) -> float:

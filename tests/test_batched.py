@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import grpo_kernels as gk
-from grpo_kernels.bandit import draw_bandit
-from grpo_kernels.batched import METHODS, Method, PairBatch, closed_form_step, gradient_step, run_full_batch
+from grpo_kernels.paper.bandit import draw_bandit
+from grpo_kernels.paper.batched import METHODS, Method, PairBatch, closed_form_step, gradient_step, run_full_batch
 
 MIXED = Method("chi=0.4", 0.4)
 ALL = (*METHODS, MIXED)

@@ -11,8 +11,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from grpo_kernels import bench, bench_cases, bench_linear, bench_logits, bench_machine, bench_plots, bench_suite
-from grpo_kernels.bench_cases import Case, LinearCase
+from grpo_kernels.bench import cases as bench_cases
+from grpo_kernels.bench import command as bench
+from grpo_kernels.bench import linear as bench_linear
+from grpo_kernels.bench import logits as bench_logits
+from grpo_kernels.bench import machine as bench_machine
+from grpo_kernels.bench import plots as bench_plots
+from grpo_kernels.bench import suite as bench_suite
+from grpo_kernels.bench.cases import Case, LinearCase
 from grpo_kernels.kernels import torch_chunked
 
 ROOT = Path(__file__).parent.parent
@@ -78,7 +84,7 @@ def test_a_wrong_gradient_of_ours_has_no_times(
     some = tuple(one for one in suite.contenders if one.name in ("eager", "reference", "torch"))
     monkeypatch.setitem(bench.SUITES, name, replace(suite, contenders=some))
     monkeypatch.setattr(bench, "QUICK", [case])
-    assert bench.command(str(tmp_path), quick=True, device="cpu") == 1
+    assert bench.bench(str(tmp_path), quick=True, device="cpu") == 1
     assert "failed: torch" in capsys.readouterr().err
     baseline, ours = json.loads((tmp_path / f"{case.name}.json").read_text())["records"]
     assert "median_ms" in baseline
@@ -221,7 +227,7 @@ def test_a_case_that_does_not_fit_or_comes_too_late_is_skipped(
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is one")
 def test_a_gpu_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="--device cuda: there is no CUDA device"):
-        bench.command(str(tmp_path), quick=True, device="cuda")
+        bench.bench(str(tmp_path), quick=True, device="cuda")
 
 
 def test_many_groups_pass_the_gate() -> None:

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 import grpo_kernels as gk
-from grpo_kernels import algorithm, convergence
-from grpo_kernels.batched import one_thread
-from grpo_kernels.sampling import GroupBatchSampler
+from grpo_kernels.groups.sampling import GroupBatchSampler
+from grpo_kernels.paper import algorithm, convergence
+from grpo_kernels.paper.batched import one_thread
 
 
 @pytest.fixture(autouse=True)

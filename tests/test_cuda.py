@@ -22,8 +22,7 @@ import truth
 from conftest import SIMULATED, batch
 from fused_cases import IDS, loss_of, two_calls
 
-from grpo_kernels import dispatch
-from grpo_kernels.kernels import cuda
+from grpo_kernels.kernels import cuda, dispatch
 
 ROOT = Path(__file__).parent.parent
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]

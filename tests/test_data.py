@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from grpo_kernels import data, embedded_task
-from grpo_kernels.data import PreferencePair
+from grpo_kernels.training import data, embedded_task
+from grpo_kernels.training.data import PreferencePair
 
 GOOD = {"prompt": "p", "chosen": "yes", "rejected": "no", "group": "a"}
 

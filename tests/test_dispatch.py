@@ -12,7 +12,7 @@ import torch
 from conftest import SIMULATED, batch
 
 import grpo_kernels as gk
-from grpo_kernels import dispatch
+from grpo_kernels.kernels import dispatch
 
 REQUEST = dispatch.Request("logits", (2, 3, 5), torch.float32, torch.device("cpu"))
 

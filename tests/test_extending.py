@@ -15,7 +15,7 @@ import truth
 from conftest import batch
 
 import grpo_kernels as gk
-from grpo_kernels import dispatch
+from grpo_kernels.kernels import dispatch
 from grpo_kernels.pair_losses import PAIR_LOSSES
 
 BLOCKS = re.findall(r"```python\n(.*?)```", (Path(__file__).parent.parent / "docs/extending.md").read_text(), re.DOTALL)

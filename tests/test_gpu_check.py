@@ -13,7 +13,8 @@ from types import ModuleType
 import pytest
 import torch
 
-from grpo_kernels import bench, bench_cases
+from grpo_kernels.bench import cases as bench_cases
+from grpo_kernels.bench import command as bench
 
 ROOT = Path(__file__).parent.parent
 

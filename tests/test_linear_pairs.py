@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import grpo_kernels as gk
-from grpo_kernels.forecast import forecast_of
+from grpo_kernels.groups.forecast import forecast_of
 from grpo_kernels.kernels import linear, linear_pairs, linear_plan, torch_chunked
 
 SIZES = [40, 25, 3]

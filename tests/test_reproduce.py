@@ -10,11 +10,12 @@ from typing import Any
 import pytest
 import torch
 
-from grpo_kernels import claims, reproduce
 from grpo_kernels.__main__ import main
-from grpo_kernels.bandit import FEATURES, SCENARIOS
-from grpo_kernels.batched import METHODS, Method, one_thread
-from grpo_kernels.reproduce_report import wins
+from grpo_kernels.paper import claims
+from grpo_kernels.paper import command as reproduce
+from grpo_kernels.paper.bandit import FEATURES, SCENARIOS
+from grpo_kernels.paper.batched import METHODS, Method, one_thread
+from grpo_kernels.paper.report import wins
 
 ROOT = Path(__file__).parent.parent
 DOCUMENT, README = (ROOT / "docs" / "method.md").read_text(), (ROOT / "README.md").read_text()

@@ -8,7 +8,7 @@ from itertools import islice
 import pytest
 import torch
 
-from grpo_kernels.sampling import STRATEGIES, GroupBatchSampler
+from grpo_kernels.groups.sampling import STRATEGIES, GroupBatchSampler
 
 IDS = [0] * 70 + [1] * 25 + [2] * 5
 

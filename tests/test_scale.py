@@ -10,8 +10,8 @@ import torch.distributed as dist
 from conftest import batch
 
 import grpo_kernels as gk
-from grpo_kernels import dispatch, scale
-from grpo_kernels.distributed import context_parallel, group_sync, vocab_parallel
+from grpo_kernels.distributed import context_parallel, group_sync, scale, vocab_parallel
+from grpo_kernels.kernels import dispatch
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "distributed.md"
 

@@ -10,8 +10,7 @@ from conftest import batch
 from torch import Tensor
 
 import grpo_kernels as gk
-from grpo_kernels import dispatch
-from grpo_kernels.kernels import torch_chunked
+from grpo_kernels.kernels import dispatch, torch_chunked
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 

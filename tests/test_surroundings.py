@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 import grpo_kernels as gk
-from grpo_kernels.sampling import GroupBatchSampler
+from grpo_kernels.groups.sampling import GroupBatchSampler
 
 IDS = torch.tensor([0, 1, 0])
 

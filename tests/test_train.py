@@ -14,10 +14,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from grpo_kernels import data, embedded_task, train
 from grpo_kernels.__main__ import main
-from grpo_kernels.train_config import TrainConfig, resolved_step_size
-from grpo_kernels.training_job import Interrupted, TrainingJob
+from grpo_kernels.training import command as train
+from grpo_kernels.training import data, embedded_task
+from grpo_kernels.training.config import TrainConfig, resolved_step_size
+from grpo_kernels.training.job import Interrupted, TrainingJob
 
 REAL = Path(__file__).parent.parent.parent / "shared" / "data"
 TINY = {"hidden_size": 32, "num_layers": 1, "batch_size": 8, "eval_every": 3, "checkpoint_every": 2}

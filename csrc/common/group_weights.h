@@ -1,4 +1,4 @@
-// One step of alpha, as GroupWeights.update in grpo_kernels/group_weights.py defines it: group losses by the estimator,
+// One step of alpha, as GroupWeights.update in grpo_kernels/groups/weights.py defines it: group losses by the estimator,
 // exponentiated gradient ascent in the log domain, floor, chi. No scratch memory: K groups are passed over a few times.
 //
 // A team shares the groups out among threads: g = team.first(), then every team.step()-th. What is made of all groups

@@ -21,7 +21,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from grpo_kernels.group_weights import GroupWeights
+from grpo_kernels.groups.weights import GroupWeights
 from grpo_kernels.integrations import transformers as hf
 from grpo_kernels.losses import GroupRobustLoss
 from grpo_kernels.pair_losses import PAIR_LOSSES

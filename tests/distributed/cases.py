@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import grpo_kernels as gk
-from grpo_kernels import dispatch
+from grpo_kernels.kernels import dispatch
 
 SIZES = [60, 35, 5]
 EXACT = {"rtol": 1e-12, "atol": 1e-12}

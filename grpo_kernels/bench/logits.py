@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from grpo_kernels import reference
-from grpo_kernels.bench_cases import Case
-from grpo_kernels.bench_suite import Contender, Operation, Suite, always, needs, needs_backend
-from grpo_kernels.group_weights import GroupWeights
+from grpo_kernels.bench.cases import Case
+from grpo_kernels.bench.suite import Contender, Operation, Suite, always, needs, needs_backend
+from grpo_kernels.groups.weights import GroupWeights
 from grpo_kernels.losses import GroupRobustLoss
 
 BETA = 0.01

@@ -19,8 +19,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grpo_kernels import embedded_task, report
-from grpo_kernels.data import (
+from grpo_kernels.console import make_console, progress
+from grpo_kernels.functional import preference_losses
+from grpo_kernels.groups.sampling import GroupBatchSampler
+from grpo_kernels.groups.weights import GroupWeights
+from grpo_kernels.integrations import transformers as hf
+from grpo_kernels.losses import GroupRobustLoss
+from grpo_kernels.segments import segment_sum
+from grpo_kernels.training import embedded_task, report
+from grpo_kernels.training.config import TrainConfig, resolved_step_size
+from grpo_kernels.training.data import (
     Groups,
     PreferencePair,
     TokenizedPair,
@@ -29,13 +37,6 @@ from grpo_kernels.data import (
     split_by_group,
     tokenize_pairs,
 )
-from grpo_kernels.functional import preference_losses
-from grpo_kernels.group_weights import GroupWeights
-from grpo_kernels.integrations import transformers as hf
-from grpo_kernels.losses import GroupRobustLoss
-from grpo_kernels.sampling import GroupBatchSampler
-from grpo_kernels.segments import segment_sum
-from grpo_kernels.train_config import TrainConfig, resolved_step_size
 from grpo_kernels.types import IGNORE_INDEX
 
 WARMUP_SHARE = 0.1  # of a phase's steps, over which the learning rate rises linearly
@@ -51,7 +52,7 @@ class TrainingJob:
     def __init__(self, config: TrainConfig, out: Path) -> None:
         self.config, self.out = config, out
         self.device = config.resolved_device
-        self.console = report.console()
+        self.console = make_console()
         train_pairs, eval_pairs = _load_data(config)
         self.groups = Groups(train_pairs)
         eval_ids = self.groups.ids(eval_pairs)
@@ -181,7 +182,7 @@ class TrainingJob:
 
         if first == 0 and not evaluations:
             observe(0)
-        with report.progress(self.console, name, steps, first) as bar:
+        with progress(self.console, name, steps, first) as bar:
             self.model.train()
             for step in range(first, steps):
                 if self.stop_requested:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from grpo_kernels.alpha_rules import moved_log_alpha
+from grpo_kernels.groups.rules import moved_log_alpha
 from grpo_kernels.pair_losses import PAIR_LOSSES
 
 

@@ -16,10 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from grpo_kernels.bench_cases import LinearCase
-from grpo_kernels.bench_suite import Contender, Operation, Suite, always, needs, needs_backend
+from grpo_kernels.bench.cases import LinearCase
+from grpo_kernels.bench.suite import Contender, Operation, Suite, always, needs, needs_backend
 from grpo_kernels.functional import MAX_EXTRA_BYTES
-from grpo_kernels.group_weights import GroupWeights
+from grpo_kernels.groups.weights import GroupWeights
 from grpo_kernels.losses import LinearGroupRobustLoss
 
 BETA = 0.1

@@ -20,9 +20,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grpo_kernels import report, reproduce_report, validation
-from grpo_kernels.bandit import FEATURES, NUM_GROUPS, SCENARIOS, Bandit, draw_bandit, reward_errors
-from grpo_kernels.batched import (
+from grpo_kernels import validation
+from grpo_kernels.console import ProgressBar, make_console, progress
+from grpo_kernels.paper import report
+from grpo_kernels.paper.bandit import FEATURES, NUM_GROUPS, SCENARIOS, Bandit, draw_bandit, reward_errors
+from grpo_kernels.paper.batched import (
     METHODS,
     Method,
     PairBatch,
@@ -32,8 +34,8 @@ from grpo_kernels.batched import (
     one_thread,
     run_full_batch,
 )
-from grpo_kernels.claims import check_claims
-from grpo_kernels.convergence import bandit_in_a_ball, gap_curve, one_dimensional
+from grpo_kernels.paper.claims import check_claims
+from grpo_kernels.paper.convergence import bandit_in_a_ball, gap_curve, one_dimensional
 
 
 @dataclass(frozen=True)
@@ -165,7 +167,7 @@ def chi_records(family: Family, draws: Draws, runs: Runs) -> list[dict[str, Any]
 
 
 def convergence_records(
-    max_horizon: int, progress: Callable[[str, int], AbstractContextManager[report.ProgressBar]]
+    max_horizon: int, progress: Callable[[str, int], AbstractContextManager[ProgressBar]]
 ) -> list[dict[str, Any]]:
     """The theory's own steps on both problems, and on the bandit 8 times larger ones.
 
@@ -183,10 +185,10 @@ def convergence_records(
 
 def run(config: ReproduceConfig, out: Path) -> dict[str, Any]:
     """Everything; returns what results.json holds."""
-    console, began = report.console(), time.perf_counter()
+    console, began = make_console(), time.perf_counter()
 
-    def bars(name: str, total: int) -> AbstractContextManager[report.ProgressBar]:
-        return report.progress(console, name, total, 0)
+    def bars(name: str, total: int) -> AbstractContextManager[ProgressBar]:
+        return progress(console, name, total, 0)
 
     cells = [(scenario, kind) for scenario in SCENARIOS for kind in FEATURES]
     draws, chi_draws = Draws.of(cells, config.seeds), Draws.of([CHI_SCENARIO], config.seeds)
@@ -210,13 +212,13 @@ def run(config: ReproduceConfig, out: Path) -> dict[str, Any]:
     results["seconds"] = round(time.perf_counter() - began, 1)
     out.mkdir(parents=True, exist_ok=True)
     (out / "results.json").write_text(json.dumps(results, indent=1))
-    reproduce_report.save_pictures(results, histories, cells, out)
-    reproduce_report.print_results(console, results)
+    report.save_pictures(results, histories, cells, out)
+    report.print_results(console, results)
     console.print(f"{results['seconds']} s; results.json and pictures are in {out}", highlight=False)
     return results
 
 
-def command(config: ReproduceConfig) -> int:
+def reproduce(config: ReproduceConfig) -> int:
     for name in ("seeds", "iterations", "ipo_iterations"):
         validation.check_number(name, getattr(config, name), 1)
     validation.check_number("max_horizon", config.max_horizon, 512)

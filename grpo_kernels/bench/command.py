@@ -1,6 +1,6 @@
 """`python -m grpo_kernels bench`: forward and backward of the losses, ours and others', as JSON records and pictures.
 
-benchmarks/README.md is the protocol; bench_suite.py measures, bench_logits.py and bench_linear.py hold the contenders.
+benchmarks/README.md is the protocol; suite.py measures, logits.py and linear.py hold the contenders.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from grpo_kernels import bench_linear, bench_logits
-from grpo_kernels.bench_cases import DEFAULT, QUICK, Case, LinearCase, select, why_not
-from grpo_kernels.bench_machine import available_bytes, copy_gbps, environment, folder_name
-from grpo_kernels.bench_suite import Suite, peak_of_fresh_process, records_of
+from grpo_kernels.bench import linear, logits
+from grpo_kernels.bench.cases import DEFAULT, QUICK, Case, LinearCase, select, why_not
+from grpo_kernels.bench.machine import available_bytes, copy_gbps, environment, folder_name
+from grpo_kernels.bench.suite import Suite, peak_of_fresh_process, records_of
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-SUITES: dict[str, Suite] = {"logits": bench_logits.SUITE, "linear": bench_linear.SUITE}
+SUITES: dict[str, Suite] = {"logits": logits.SUITE, "linear": linear.SUITE}
 
 
 def suite_name(case: Case | LinearCase) -> str:
@@ -30,7 +30,7 @@ def suite_name(case: Case | LinearCase) -> str:
 
 
 def report_peak_memory() -> None:
-    """The child process of `bench_suite.resident_peak_mib`: prints one number."""
+    """The child process of `suite.resident_peak_mib`: prints one number."""
     request = json.loads(sys.argv[-1])
     suite = SUITES[request["suite"]]
     contender = next(one for one in suite.contenders if one.name == request["contender"])
@@ -101,7 +101,7 @@ def _table(title: str, records: list[dict[str, Any]]) -> Table:
     return table
 
 
-def command(
+def bench(
     out: str | None,
     quick: bool,
     names: Sequence[str] = (),
@@ -110,7 +110,7 @@ def command(
     seconds: float = float("inf"),
 ) -> int:
     """The exit status: 1 where a backend of ours failed or was wrong."""
-    from grpo_kernels import bench_plots
+    from grpo_kernels.bench import plots
 
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -121,7 +121,7 @@ def command(
     if not plots_only:
         cases = select(names).values() if names else QUICK if quick else DEFAULT
         records = run(tuple(cases), folder, device, seconds, quick)
-    for picture in (*bench_plots.draw(folder, folder), *bench_plots.draw_summaries(folder, folder)):
+    for picture in (*plots.draw(folder, folder), *plots.draw_summaries(folder, folder)):
         print(f"picture: {picture}")
     failed = [record["contender"] for record in records if record["ours"] and "failed_because" in record]
     if failed:

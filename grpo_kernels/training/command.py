@@ -11,8 +11,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from grpo_kernels.train_config import TrainConfig
-from grpo_kernels.training_job import Interrupted, TrainingJob, write_atomically
+from grpo_kernels.training.config import TrainConfig
+from grpo_kernels.training.job import Interrupted, TrainingJob, write_atomically
 
 PACKAGES = ("transformers", "tokenizers", "rich", "matplotlib")
 
@@ -56,7 +56,7 @@ def _sha256(path: str) -> str:
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
-def command(config: TrainConfig, resume: bool) -> int:
+def train(config: TrainConfig, resume: bool) -> int:
     """The exit status: 0 done, 130 interrupted with everything saved."""
     try:
         start(config, resume)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from grpo_kernels import ops  # noqa: F401  (defines torch.ops.grpo_kernels)
+from grpo_kernels.kernels import ops  # noqa: F401  (defines torch.ops.grpo_kernels)
 from grpo_kernels.pair_losses import PAIR_LOSSES, Beta
 
 

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 
 import torch
 
-from grpo_kernels import dispatch, validation
+from grpo_kernels import validation
 from grpo_kernels.functional import preference_losses
-from grpo_kernels.sampling import STRATEGIES
+from grpo_kernels.groups.sampling import STRATEGIES
+from grpo_kernels.kernels import dispatch
 
 
 @dataclass(frozen=True)

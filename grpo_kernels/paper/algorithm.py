@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from grpo_kernels import validation
+from grpo_kernels.groups.sampling import GroupBatchSampler
 from grpo_kernels.losses import GroupRobustLoss
-from grpo_kernels.sampling import GroupBatchSampler
 from grpo_kernels.types import GroupRobustOutput
 
 Projection = Callable[[Tensor], Tensor]

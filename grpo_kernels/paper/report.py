@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
-from grpo_kernels.bandit import FEATURES, SCENARIOS
-from grpo_kernels.batched import Runs
-from grpo_kernels.claims import cell
-from grpo_kernels.report import COLOURS
+from grpo_kernels.console import COLOURS
+from grpo_kernels.paper.bandit import FEATURES, SCENARIOS
+from grpo_kernels.paper.batched import Runs
+from grpo_kernels.paper.claims import cell
 
 FAMILY_METHODS = {"DPO": ("DPO", "IS-DPO", "GR-DPO"), "IPO": ("IPO", "IS-IPO", "GR-IPO")}
 MEASURES = {"worst_loss": "worst-group validation loss", "reward_error": "worst-group relative reward error, %"}

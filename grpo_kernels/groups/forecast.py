@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from grpo_kernels.group_weights import GroupWeights
+from grpo_kernels.groups.weights import GroupWeights
 from grpo_kernels.segments import segment_sum
 
 

@@ -11,9 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grpo_kernels import dispatch
 from grpo_kernels.distributed import group_sync
-from grpo_kernels.kernels import group_robust, linear, linear_pairs
+from grpo_kernels.kernels import dispatch, group_robust, linear, linear_pairs
 
 _LIBRARY = torch.library.Library("grpo_kernels", "DEF")
 _HEAD = "Tensor hidden, Tensor weight, Tensor? bias, float logit_scale, float softcap"

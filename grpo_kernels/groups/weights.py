@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from grpo_kernels import ops, validation  # noqa: F401  (defines torch.ops.grpo_kernels)
-from grpo_kernels.alpha_rules import ALPHA_RULES, moved_log_alpha
+from grpo_kernels import validation
 from grpo_kernels.distributed import group_sync
+from grpo_kernels.groups.rules import ALPHA_RULES, moved_log_alpha
+from grpo_kernels.kernels import ops  # noqa: F401  (defines torch.ops.grpo_kernels)
 from grpo_kernels.types import ESTIMATORS, PRIORS, UPDATE_MODES
 
 if TYPE_CHECKING:

@@ -1,7 +1,7 @@
 """How fast the average iterate of algorithm 1 converges: duality gaps of saddle problems against the paper's bound.
 
 A problem is a log-linear policy with margins h = differences @ theta, the DPO loss, and Theta a ball. Many seeds run at
-once; each step is that of `grpo_kernels.algorithm` with update="lagged" (both players move from the same point).
+once; each step is that of `grpo_kernels.paper.algorithm` with update="lagged" (both players move from the same point).
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from grpo_kernels.algorithm import l2_ball
-from grpo_kernels.alpha_rules import moved_log_alpha
-from grpo_kernels.bandit import NUM_GROUPS, draw_bandit
-from grpo_kernels.batched import PairBatch
+from grpo_kernels.groups.rules import moved_log_alpha
 from grpo_kernels.pair_losses import PAIR_LOSSES
+from grpo_kernels.paper.algorithm import l2_ball
+from grpo_kernels.paper.bandit import NUM_GROUPS, draw_bandit
+from grpo_kernels.paper.batched import PairBatch
 
 LOSS = "sigmoid"
 HORIZONS = tuple(2**k for k in range(8, 15))

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import random
 
-from grpo_kernels.data import PreferencePair
+from grpo_kernels.training.data import PreferencePair
 
 SHARES = {"casual": 0.70, "business": 0.22, "editors": 0.08}
 PREFERS = {

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grpo_kernels import dispatch
-from grpo_kernels.bench_cases import Case, LinearCase, cost
-from grpo_kernels.bench_machine import Clock, matrix_gflops, milliseconds, operator_calls, peak_extra_mib
+from grpo_kernels.bench.cases import Case, LinearCase, cost
+from grpo_kernels.bench.machine import Clock, matrix_gflops, milliseconds, operator_calls, peak_extra_mib
+from grpo_kernels.kernels import dispatch
 
 Operation = Callable[..., Tensor]  # (*inputs) -> loss
 WARM_UP = 2  # rounds that are not counted
@@ -163,7 +163,7 @@ def _in_short(error: Exception) -> str:
 def resident_peak_mib(suite_name: str, contender: Contender, case: Any) -> float:
     """Resident memory at the peak of one step above what it was before, in a fresh process on the CPU (Linux)."""
     request = json.dumps({"suite": suite_name, "contender": contender.name, "case": asdict(case)})
-    command = [sys.executable, "-c", "from grpo_kernels import bench; bench.report_peak_memory()", request]
+    command = [sys.executable, "-c", "from grpo_kernels.bench import command; command.report_peak_memory()", request]
     return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1])
 
 

@@ -1,0 +1,1 @@
+"""Alpha: the weights on the groups, the only state."""
