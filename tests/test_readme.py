@@ -19,6 +19,10 @@ BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", TEXT.replace(f"```python trl\n{TRL
 SHELL = [code.strip() for language, code in BLOCKS if language == "sh"]
 
 
+def page(name: str) -> str:
+    return (ROOT / "docs" / name).read_text()
+
+
 def test_python_blocks_run_in_order() -> None:
     namespace: dict = {}
     blocks = [code for language, code in BLOCKS if language == "python"]
@@ -98,7 +102,7 @@ def test_doctor() -> None:
             r"extension: (g\+\+|Clang) [\d.]+.*, -std=c\+\+17.*\n +instruction sets .*baseline; here \w+ is used", shown
         )
     for name in json.loads(as_json)["backends"]:
-        assert f"| `{name}` |" in TEXT, "the README's table of backends is that of the code"
+        assert f"| `{name}` |" in page("kernels.md"), "the table of backends is that of the code"
 
 
 def training_command() -> str:
@@ -117,17 +121,30 @@ def test_training_on_your_own_pairs(tmp_path: Path) -> None:
     assert set(results["runs"]["plain"]["groups"]) == {"north", "south"}
 
 
+def headings(text: str) -> set[str]:
+    """What a link's #part may be: GitHub's and MkDocs' names of a page's headings."""
+    titles = re.findall(r"^#+ (.*)$", re.sub(r"^```.*?^```", "", text, flags=re.M | re.S), re.M)
+    return {re.sub(r"[^\w\- ]", "", title).strip().lower().replace(" ", "-") for title in titles}
+
+
 def test_pictures_and_links_exist() -> None:
-    for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
-        for target in re.findall(r"\]\(((?!http)[^)]+)\)", page.read_text()):
-            assert (page.parent / target).exists(), f"{page.name}: {target}"
+    for path in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")]:
+        text = path.read_text()
+        for target in re.findall(r"\]\(((?!http)[^)]+)\)", text):
+            file, _, part = target.partition("#")
+            assert (path.parent / file).exists(), f"{path.name}: {target}"
+            if part:
+                assert part in headings((path.parent / file).read_text() if file else text), f"{path.name}: {target}"
+
+
+def rows_of_tables(text: str) -> list[str]:
+    """The rows of the benchmarks' tables, without the name of their case."""
+    tables = "".join(re.findall(r"<!-- (?:linear )?benchmarks -->(.*?)<!-- /", text, re.S))
+    return [line.split(" | ", 1)[1] for line in tables.splitlines() if line.startswith("| ") and "`" in line]
 
 
 def test_benchmark_tables_are_those_of_the_records() -> None:
-    """Every record is a row, number by number, and nothing else is."""
-    tables = TEXT.split("<!-- benchmarks -->")[1].split("<!-- /benchmarks -->")[0]
-    tables += TEXT.split("<!-- linear benchmarks -->")[1].split("<!-- /linear benchmarks -->")[0]
-    shown = [line.split(" | ", 1)[1] for line in tables.splitlines() if line.startswith("| ") and "`" in line]
+    """Every record is a row of docs/benchmarks.md, number by number, nothing else is; the README has some of them."""
     expected = []
     for path in (ROOT / "benchmarks" / "results" / "cpu").glob("*.json"):
         for record in json.loads(path.read_text())["records"]:
@@ -137,4 +154,6 @@ def test_benchmark_tables_are_those_of_the_records() -> None:
             cells = [f"`{record['contender']}`", f"{record['median_ms']} ({low} to {high})"]
             cells += [str(record["times_faster_than_reference"]), str(record["peak_extra_mib"])]
             expected.append(" | ".join(cells) + " |")
-    assert sorted(shown) == sorted(expected)
+    assert sorted(rows_of_tables(page("benchmarks.md"))) == sorted(expected)
+    assert len(rows_of_tables(TEXT)) == 6
+    assert set(rows_of_tables(TEXT)) <= set(expected)
