@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import math
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -51,6 +52,7 @@ SEAMS = (  # what is overridden or called of TRL's and Transformers' trainers
 GROUP_ID, GROUP_IDS = "group_id", "group_ids"  # the column of the prepared data, and the batch's entry
 STATE_FILE = "group_weights.pt"
 TOTALS = ("count", "loss", "accuracy", "rewards/chosen", "rewards/rejected", "logps/chosen", "logps/rejected", "tokens")
+SQUARED = ("loss", "accuracy")  # their squares are added up, too, for standard errors
 
 
 def check_version(version: str, trainer: type) -> None:
@@ -89,11 +91,12 @@ class GroupRobustDPOConfig(DPOConfig):
         },
     )
     group_estimator: str = field(default="importance", metadata={"help": "'importance' or 'group_mean'."})
-    group_options: dict[str, Any] | None = field(
-        default=None, metadata={"help": "More options of GroupWeights, such as {'floor': 0.05} or {'chi': 0.5}."}
+    group_options: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={"help": """More options of GroupWeights: a dict (or JSON), such as '{"floor": 0.05}'."""},
     )
-    group_sizes: dict[str, int] | None = field(
-        default=None, metadata={"help": "Pairs of each group; needed for streamed data only."}
+    group_sizes: dict[str, int] | str | None = field(
+        default=None, metadata={"help": "Pairs of each group, a dict (or JSON); needed for streamed data only."}
     )
     average_log_prob: bool | None = field(
         default=None, metadata={"help": "Average log-probabilities over tokens. By default for 'ipo' only, like TRL."}
@@ -104,8 +107,13 @@ class GroupRobustDPOConfig(DPOConfig):
     )
     backend: str = field(default="auto", metadata={"help": "Backend of grpo_kernels."})
 
+    _VALID_DICT_FIELDS: ClassVar = [*DPOConfig._VALID_DICT_FIELDS, "group_options", "group_sizes"]
+
     def __post_init__(self) -> None:
         super().__post_init__()
+        for name in ("group_options", "group_sizes"):
+            if not isinstance(getattr(self, name), dict | None):
+                raise TypeError(f"{name} must be a dict, or one as JSON, got {getattr(self, name)!r}")
         if len(self.loss_type) != 1 or self.loss_type[0] not in PAIR_LOSSES:
             raise ValueError(f"loss_type must be one of {list(PAIR_LOSSES)}, got {self.loss_type}")
         others = {"ld_alpha": None, "f_divergence_type": "reverse_kl", "use_weighting": False}
@@ -136,7 +144,8 @@ class GroupRobustDPOTrainer(DPOTrainer):
     groups and their sizes are those of the training set.
 
     Logged beside TRL's metrics (without ``entropy``, ``logits/*`` and ``mean_token_accuracy``, which nothing here
-    computes): ``groups/<name>/loss|accuracy|alpha|count`` and ``groups/worst_loss``, in evaluations too.
+    computes): ``groups/<name>/loss|accuracy|alpha|count`` and ``groups/worst_loss``, in evaluations too, there with the
+    standard errors ``loss_se`` and ``accuracy_se`` (of two pairs or more). A tie is half a hit in ``accuracy``.
 
     Attributes:
         group_names: names in sorted order. group_weights: the `GroupWeights`.
@@ -177,12 +186,13 @@ class GroupRobustDPOTrainer(DPOTrainer):
         super().__init__(model, ref_model, args, data_collator, self._with_group_ids(train_dataset), prepared, **kwargs)
         self._check_setup()
         self.data_collator = _WithGroupIds(self.data_collator)
+        more: Any = args.group_options or {}
         self.group_weights = GroupWeights(
             group_sizes=self._group_sizes(),
             step_size=args.group_step_size,
             estimator=args.group_estimator,
             update=args.group_update or "inline",
-            **(args.group_options or {}),
+            **more,
         ).to(self.accelerator.device)
         self.loss_fn = GroupRobustLoss(
             self.group_weights, beta=args.beta, loss_type=args.loss_type[0], label_smoothing=args.label_smoothing
@@ -243,8 +253,9 @@ class GroupRobustDPOTrainer(DPOTrainer):
 
     def _group_sizes(self) -> list[int]:
         """Counted after TRL has dropped the pairs whose prompt fills max_length."""
-        if self.args.group_sizes is not None:
-            return [self.args.group_sizes[name] for name in self.group_names]
+        given: Any = self.args.group_sizes
+        if given is not None:
+            return [given[name] for name in self.group_names]
         counts = Counter(self.train_dataset[GROUP_ID])
         lost = [name for number, name in enumerate(self.group_names) if not counts[number]]
         if lost:
@@ -331,7 +342,7 @@ class GroupRobustDPOTrainer(DPOTrainer):
             raise ValueError(
                 f"the checkpoint must hold {STATE_FILE}, {checkpoint!r} does not: TRL's own trainer wrote it"
             )
-        saved = torch.load(path, weights_only=True, map_location=self.accelerator.device)
+        saved = torch.load(path, weights_only=True, map_location="cpu")  # torch has no "cpu:0" of several processes
         if saved["group_names"] != self.group_names:
             raise ValueError(f"the checkpoint's groups {saved['group_names']} are not the data's {self.group_names}")
         self.group_weights.load_state_dict(saved["group_weights"])
@@ -366,7 +377,8 @@ class GroupRobustDPOTrainer(DPOTrainer):
         self._head_known = True
 
     def _no_totals(self) -> Tensor:
-        return torch.zeros(len(self.group_names), len(TOTALS), dtype=torch.float64, device=self.accelerator.device)
+        columns = len(TOTALS) + len(SQUARED)
+        return torch.zeros(len(self.group_names), columns, dtype=torch.float64, device=self.accelerator.device)
 
     @torch.no_grad()
     def _take_metrics(
@@ -377,7 +389,9 @@ class GroupRobustDPOTrainer(DPOTrainer):
         rewards = self.args.beta * (logps - ref_logps)  # TRL's: of sums, whether the loss averages or not
         chosen, rejected = rewards.chunk(2)
         losses, tokens = out.pair_losses.detach(), attention_mask.sum(1).view(2, -1).sum(0)
-        columns = (torch.ones_like(losses), losses, chosen > rejected, chosen, rejected, *logps.chunk(2), tokens)
+        hits = 0.5 * ((chosen > rejected).double() + (chosen >= rejected).double())  # a tie is half a hit
+        columns = (torch.ones_like(losses), losses, hits, chosen, rejected, *logps.chunk(2), tokens)
+        columns += tuple(columns[TOTALS.index(name)].double().square() for name in SQUARED)
         rows = torch.stack([column.double() for column in columns], 1)
         if mode == "eval":  # without the pairs that fill up the last batch of several ranks
             rows, group_ids = self.accelerator.gather_for_metrics((rows, group_ids))
@@ -392,7 +406,7 @@ class GroupRobustDPOTrainer(DPOTrainer):
         else:  # training has gone on since its last log
             unlogged_tokens = self.accelerator.reduce(self._totals["train"][:, TOTALS.index("tokens")].sum())
         table = torch.cat([totals, self.group_weights.alpha.unsqueeze(1)], 1).tolist()
-        everything = dict(zip(TOTALS, map(sum, zip(*(row[:-1] for row in table), strict=True)), strict=True))
+        everything = dict(zip(TOTALS, map(sum, zip(*table, strict=True)), strict=False))
         pairs = everything["count"]
         if not pairs:
             return {}
@@ -403,10 +417,15 @@ class GroupRobustDPOTrainer(DPOTrainer):
         if mode == "train":
             self._num_tokens = num_tokens
         metrics["num_tokens"] = num_tokens
-        for name, (count, loss, accuracy, *_, alpha) in zip(self.group_names, table, strict=True):
+        for name, (count, loss, accuracy, *_, loss_squares, accuracy_squares, alpha) in zip(
+            self.group_names, table, strict=True
+        ):
             metrics |= {f"groups/{name}/alpha": alpha, f"groups/{name}/count": count}
             if count:
                 metrics |= {f"groups/{name}/loss": loss / count, f"groups/{name}/accuracy": accuracy / count}
+            if count > 1 and mode == "eval":
+                metrics[f"groups/{name}/loss_se"] = _standard_error(count, loss, loss_squares)
+                metrics[f"groups/{name}/accuracy_se"] = _standard_error(count, accuracy, accuracy_squares)
         metrics["groups/worst_loss"] = max(loss / count for count, loss, *_ in table if count)
         return metrics
 
@@ -428,6 +447,11 @@ class _StepWithOptimizer(TrainerCallback):
 
     def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         self.group_weights.step()
+
+
+def _standard_error(count: float, total: float, squares: float) -> float:
+    """Of the mean of ``count`` > 1 numbers with this sum and sum of squares."""
+    return math.sqrt(max(0.0, squares - total * total / count) / (count * (count - 1)))
 
 
 def _name(group: Any, feature: Any) -> str:
