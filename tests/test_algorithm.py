@@ -34,7 +34,7 @@ def run(**options):
 
 
 def by_hand(steps: int, update: str, sampling: str, batch_size: int):
-    """MATH.md, section 5, in Python floats and plain tensors."""
+    """Algorithm 1 of docs/method.md, in Python floats and plain tensors."""
     rows, theta = features(), torch.full((4,), 0.3, dtype=torch.float64)
     alpha, sampler = [1 / 3] * 3, GroupBatchSampler(IDS, batch_size, sampling, seed=3)
     theta_sum, alpha_sum = torch.zeros(4, dtype=torch.float64), torch.zeros(3, dtype=torch.float64)
@@ -115,7 +115,7 @@ def test_log_probabilities_of_a_network_and_any_optimizer() -> None:
 
 
 def test_known_saddle() -> None:
-    """PAPER.md: margins (+2 theta, -theta), shares (0.2, 0.8): theta* = 0, alpha* = (1/3, 2/3), value log 2."""
+    """Margins (+2 theta, -theta), shares (0.2, 0.8): theta* = 0, alpha* = (1/3, 2/3), value log 2."""
     ids = torch.tensor([0, 1, 1, 1, 1])
     margins = torch.tensor([2.0, -1, -1, -1, -1], dtype=torch.float64)
     theta = torch.ones(1, dtype=torch.float64, requires_grad=True)

@@ -11,7 +11,7 @@ from grpo_kernels.paper import bandit
 
 
 def feature(kind: str, group: int, x: list[float], action: int, i: int) -> float:
-    """PAPER.md, one number at a time."""
+    """The paper's appendix D, one number at a time."""
     scale, angle = action / 8 + 1, math.pi * x[i // 2]
     if kind == "flipped":
         return scale ** (1 if i % 2 == 0 else -1) * (math.cos if i % 2 == group else math.sin)(angle)

@@ -16,6 +16,7 @@ ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "README.md").read_text()
 TRL_BLOCK = re.findall(r"^```python trl\n(.*?)^```$", TEXT, re.M | re.S)[0]  # it needs a model on the disk
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", TEXT.replace(f"```python trl\n{TRL_BLOCK}```", ""), re.M | re.S)
+SOURCES = (".py", ".pyi", ".md", ".h", ".cpp", ".cuh", ".cu")
 SHELL = [code.strip() for language, code in BLOCKS if language == "sh"]
 
 
@@ -135,6 +136,24 @@ def test_pictures_and_links_exist() -> None:
             assert (path.parent / file).exists(), f"{path.name}: {target}"
             if part:
                 assert part in headings((path.parent / file).read_text() if file else text), f"{path.name}: {target}"
+
+
+def test_formulas_are_in_the_files_that_the_table_names() -> None:
+    """docs/method.md: what stands behind a link, `in code marks`, is defined in that file."""
+    table = page("method.md").split("## Where each formula is")[1]
+    named = re.findall(r"\]\(\.\./([^)]+)\),? `(\w+)`|`(\w+)` of \[[^]]+\]\(\.\./([^)]+)\)", table)
+    assert len(named) >= 4
+    for file, name, other_name, other_file in named:
+        assert f"def {name or other_name}(" in (ROOT / (file or other_file)).read_text()
+
+
+def test_no_pointer_leads_outside_the_repository() -> None:
+    """Text names no document that is not here: docs/..., or one in capitals."""
+    folders = ("grpo_kernels", "tests", "docs", "csrc", "benchmarks", "examples")
+    files = [path for folder in folders for path in (ROOT / folder).rglob("*") if path.suffix in SOURCES]
+    for path in [*files, *ROOT.glob("*.md"), ROOT / "Makefile"]:
+        for named in re.findall(r"\b(?:[a-z_]+/)+[\w-]+\.md\b|\b[A-Z]{3,}\.md\b", path.read_text()):
+            assert (ROOT / named).exists() or (path.parent / named).exists(), f"{path.relative_to(ROOT)}: {named}"
 
 
 def rows_of_tables(text: str) -> list[str]:

@@ -18,7 +18,7 @@ from grpo_kernels.paper.batched import METHODS, Method, one_thread
 from grpo_kernels.paper.report import wins
 
 ROOT = Path(__file__).parent.parent
-DOCUMENT, README = (ROOT / "docs" / "method.md").read_text(), (ROOT / "README.md").read_text()
+DOCUMENT, README = (ROOT / "docs" / "reproduction.md").read_text(), (ROOT / "README.md").read_text()
 SEEDS = 20
 
 
@@ -58,7 +58,7 @@ def test_alpha_of_the_hard_group(swapped, family: str) -> None:
 
 
 def test_the_document_prints_these_numbers(swapped) -> None:
-    """The rows of docs/method.md, within one of the last digit."""
+    """The rows of docs/reproduction.md, within one of the last digit."""
     rows = re.findall(r"^\| (DPO|IPO) \| swapped \| \((i+)\) \|(.*)\|$", DOCUMENT, re.M)
     assert len(rows) == 6
     for family, scenario, rest in rows:

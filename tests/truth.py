@@ -1,4 +1,4 @@
-"""shared/MATH.md's formulas in float64, written for the tests alone: value and gradient by hand, without autograd."""
+"""docs/method.md's formulas in float64, written for the tests alone: value and gradient by hand, without autograd."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def sigmoid(x: float) -> float:
 
 
 def pair_loss(h: float, beta: float, loss_type: str, e: float = 0.0) -> tuple[float, float]:
-    """(l(h), dl/dh), the table of section 2."""
+    """(l(h), dl/dh), the table of docs/method.md."""
     if loss_type == "sigmoid":
         value = -(1 - e) * log_sigmoid(beta * h) - e * log_sigmoid(-beta * h)
         return value, -beta * (1 - e) * sigmoid(-beta * h) + beta * e * sigmoid(beta * h)

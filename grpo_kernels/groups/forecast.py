@@ -26,7 +26,7 @@ def forecast_of(of_groups: GroupWeights, group_ids: Tensor) -> Forecast | None:
     """None where a weight depends on more than its group's pairs of this rank's batch: other ranks, a floor, chi < 1 or
     another rule while alpha moves.
 
-    In MATH's terms: the weight is alpha_g N / (N_g B) or alpha_g / n_g, and alpha_g is in proportion to
+    In docs/method.md's terms: the weight is alpha_g N / (N_g B) or alpha_g / n_g, and alpha_g is in proportion to
     alpha_g exp(eta (L_g + C / sqrt(N_g))) of before.
     """
     num_groups = of_groups.num_groups

@@ -1,4 +1,4 @@
-"""Algorithm 1 of Ramesh et al. 2024 (shared/MATH.md, section 5) for any differentiable policy, and its projections.
+"""Algorithm 1 of Ramesh et al. 2024 (docs/method.md) for any differentiable policy, and its projections.
 
     alpha = uniform;  for t = 1..T:
         draw g ~ Categorical(N_1/N .. N_K/N);  draw (x, y_w, y_l) from group g
