@@ -17,8 +17,8 @@ def train() -> None:
     torch.manual_seed(0)
     model = DistributedDataParallel(TinyModel())
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    weights = gk.GroupWeights(group_sizes=[600, 350, 50], step_size=0.1)
-    loss_fn = gk.GroupRobustLoss(weights, beta=0.5)
+    groups = gk.GroupWeights(group_sizes=[600, 350, 50], step_size=0.1)
+    loss_fn = gk.GroupRobustLoss(groups, beta=0.5)
     for step in range(20):
         tokens, labels, group_ids, ref_logps = pairs_of_rank(step, dist.get_rank(), dist.get_world_size())
         out = loss_fn(model(tokens), labels, group_ids, ref_logps=ref_logps)

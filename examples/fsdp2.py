@@ -28,8 +28,8 @@ class ModelWithLoss(nn.Module):
 def train() -> None:
     torch.manual_seed(0)
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    weights = gk.GroupWeights(group_sizes=[600, 350, 50], step_size=0.1)
-    model = ModelWithLoss(TinyModel(), gk.LinearGroupRobustLoss(weights, beta=0.5))
+    groups = gk.GroupWeights(group_sizes=[600, 350, 50], step_size=0.1)
+    model = ModelWithLoss(TinyModel(), gk.LinearGroupRobustLoss(groups, beta=0.5))
     fully_shard(model, mesh=mesh)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     for step in range(20):

@@ -13,8 +13,8 @@ def main() -> None:
     model = TinyModel()
     reference = copy.deepcopy(model).eval()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    weights = gk.GroupWeights(group_sizes=[600, 350, 50], step_size=0.1)
-    loss_fn = gk.GroupRobustLoss(weights, beta=0.5)
+    groups = gk.GroupWeights(group_sizes=[600, 350, 50], step_size=0.1)
+    loss_fn = gk.GroupRobustLoss(groups, beta=0.5)
     for step in range(20):
         tokens, labels, group_ids, _ = pairs_of_rank(step, rank=0, num_ranks=1)
         with torch.no_grad():

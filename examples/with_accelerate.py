@@ -15,9 +15,9 @@ def main() -> None:
     model = small_llama(VOCAB, hidden_size=32, num_layers=1, max_length=16, pad_id=0)
     add_sequence_logps(model, find_head(model))  # the model's forward can now return log-probabilities, without logits
     model, optimizer = accelerator.prepare(model, torch.optim.AdamW(model.parameters(), lr=1e-2))
-    weights = gk.GroupWeights(group_sizes=[600, 350, 50], step_size=0.1, update="lagged").to(accelerator.device)
-    accelerator.register_for_checkpointing(weights)  # save_state and load_state take alpha with them
-    loss_fn = gk.GroupRobustLoss(weights, beta=0.5)
+    groups = gk.GroupWeights(group_sizes=[600, 350, 50], step_size=0.1, update="lagged").to(accelerator.device)
+    accelerator.register_for_checkpointing(groups)  # save_state and load_state take alpha with them
+    loss_fn = gk.GroupRobustLoss(groups, beta=0.5)
     for step in range(20):
         for part in range(parts):  # 12 pairs a step, over all parts and ranks
             batch = pairs_of_rank(step, rank * parts + part, num_ranks * parts)
@@ -26,10 +26,10 @@ def main() -> None:
             out = loss_fn.from_logps(logps, group_ids, ref_logps, total_pairs=12)
             accelerator.backward(out.loss)
         optimizer.step()
-        weights.step()
+        groups.step()
         optimizer.zero_grad()
         if step % 5 == 4:
-            accelerator.print(f"step {step + 1}: alpha {[round(a, 6) for a in weights.alpha.tolist()]}")
+            accelerator.print(f"step {step + 1}: alpha {[round(a, 6) for a in groups.alpha.tolist()]}")
     accelerator.free_memory()  # it holds the model, and the model the process group
     accelerator.end_training()
 

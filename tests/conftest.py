@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -78,3 +79,16 @@ def batch(
         labels[s, : s % 3] = -100
         labels[s, length - (s + 1) % 3 :] = -100 if (s + 1) % 3 else labels[s, length:]
     return logits.to(device, dtype).requires_grad_(), labels.to(device)
+
+
+@pytest.fixture
+def my_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tiny model and its tokenizer, where the blocks of README and docs look for one: "my-model"."""
+    pytest.importorskip("transformers", reason="transformers is not installed: pip install 'grpo-kernels[train]'")
+    from grpo_kernels.integrations import transformers as hf
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    torch.manual_seed(0)
+    hf.small_llama(300, hidden_size=32, num_layers=1, max_length=64, pad_id=0).save_pretrained("my-model")
+    hf.byte_level_tokenizer([], 300).save_pretrained("my-model")
