@@ -1,7 +1,13 @@
 """Group Robust Preference Optimization: losses for preference pairs from K groups, aimed at the worst group."""
 
 from grpo_kernels._version import __version__
-from grpo_kernels.functional import linear_sequence_logps, preference_losses, sequence_logps, token_logps
+from grpo_kernels.functional import (
+    linear_sequence_logps,
+    linear_token_logps,
+    preference_losses,
+    sequence_logps,
+    token_logps,
+)
 from grpo_kernels.groups.weights import GroupWeights
 from grpo_kernels.kernels.dispatch import backends
 from grpo_kernels.losses import GroupRobustLoss, LinearGroupRobustLoss
@@ -17,6 +23,7 @@ __all__ = [
     "__version__",
     "backends",
     "linear_sequence_logps",
+    "linear_token_logps",
     "preference_losses",
     "sequence_logps",
     "token_logps",

@@ -2,41 +2,31 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Unpack
 
 import torch
 from torch import Tensor
 
 from grpo_kernels import reference, validation
+from grpo_kernels.batch import Pairs, Rows
 from grpo_kernels.distributed import dtensor, vocab_parallel
 from grpo_kernels.distributed.context_parallel import SumOverRanks
-from grpo_kernels.kernels import dispatch
-from grpo_kernels.kernels import linear_plan as plans
-from grpo_kernels.kernels.autograd import LinearPairLogps, LinearTokenLogps, PairLossFunction, TokenLogps
+from grpo_kernels.kernels import dispatch, ops
+from grpo_kernels.kernels.autograd import LinearPairLogps, LinearTokenLogps, PairLosses, TokenLogps
 from grpo_kernels.kernels.linear import LinearHead
-from grpo_kernels.kernels.linear_pairs import PairTerms
+from grpo_kernels.kernels.linear_pairs import Forecast
+from grpo_kernels.kernels.linear_plan import MAX_EXTRA_BYTES, Budget, plan_for
 from grpo_kernels.pair_losses import PAIR_LOSSES
-from grpo_kernels.segments import packed_sequence_ids, segment_sum
-from grpo_kernels.types import IGNORE_INDEX, VocabShard
-
-if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
-
-MAX_EXTRA_BYTES = 512 << 20
+from grpo_kernels.types import RowOptions, TokenOptions
 
 
 def sequence_logps(
     logits: Tensor,
     labels: Tensor,
     *,
-    cu_seqlens: Tensor | None = None,
-    shift_labels: bool = False,
-    ignore_index: int = IGNORE_INDEX,
-    average: bool = False,
     inplace_backward: bool = False,
-    vocab_shard: VocabShard | None = None,
-    context_group: ProcessGroup | None = None,
     backend: str = "auto",
+    **options: Unpack[RowOptions],
 ) -> Tensor:
     """Log-probability of each sequence's counted labels.
 
@@ -47,19 +37,22 @@ def sequence_logps(
         logits: (S, T, V), or packed (N, V) with ``cu_seqlens``; float32, bfloat16, float16 or float64, any strides.
         labels: (S, T) or (N,), int64 or int32, each ``ignore_index`` or in [0, V). Another value makes the
             sequence's log-probability NaN (``GRPO_KERNELS_DEBUG=1`` raises instead).
-        cu_seqlens: (S + 1,) int64 or int32, rising from 0 to N: sequence s is rows cu_seqlens[s]:cu_seqlens[s + 1].
-        shift_labels: False: ``labels[:, t]`` is what ``logits[:, t]`` predicts. True: Hugging Face's convention,
-            ``logits[:, t]`` predicts ``labels[:, t + 1]``.
-        ignore_index: label of positions that do not count. Their logits are not read and get gradient 0.
-        average: divide by the number of counted positions (a sequence with none has log-probability 0).
         inplace_backward: the backward writes the gradient over the logits, which saves their size in memory. Nobody
             else may need them: PyTorch raises on a later read by autograd, but logits that are a leaf are destroyed.
             torch.compile ignores it.
+        backend: "auto", or a name from `grpo_kernels.backends`.
+        cu_seqlens: (S + 1,) int64 or int32, rising from 0 to N: sequence s is rows cu_seqlens[s]:cu_seqlens[s + 1].
+            None: not packed.
+        shift_labels: False (the default): ``labels[:, t]`` is what ``logits[:, t]`` predicts. True: Hugging Face's
+            convention, ``logits[:, t]`` predicts ``labels[:, t + 1]``.
+        ignore_index: label of positions that do not count, -100. Their logits are not read and get gradient 0.
+        average: divide by the number of counted positions (a sequence with none has log-probability 0). False.
+        token_weights: labels' shape, a factor of each token's log-probability (LD-DPO and other methods that weigh
+            tokens), without gradient; shifted as the labels are. None: 1.
         vocab_shard: the logits are this rank's columns; one all-gather of two numbers a token. Logits that are a
             DTensor sharded on the vocabulary say so themselves.
         context_group: the rows are this rank's positions of each sequence (labels too, shifted before they were split:
             see `shift_labels`); one all-reduce of a number a sequence.
-        backend: "auto", or a name from `grpo_kernels.backends`.
 
     Returns:
         (S,) float32 whatever the dtype of the logits (bfloat16 turns -812.3 and -811.9 into equal numbers), float64
@@ -75,30 +68,22 @@ def sequence_logps(
 
     Source: Ramesh et al. 2024, section 2 (pi_theta(y | x) as a sum over tokens).
     """
-    logits, vocab_shard = dtensor.local_logits(logits, vocab_shard)
-    labels, entry = aligned_labels_and_backend(
-        logits, labels, cu_seqlens, shift_labels, ignore_index, backend, vocab_shard, context_group
-    )
-    if entry.module is None and context_group is None:
-        return reference.sequence_logps(logits, labels, cu_seqlens, ignore_index, average)
-    per_token = _token_logps(logits, labels, ignore_index, inplace_backward, vocab_shard, entry)
-    return _sum_over_sequences(per_token, labels, cu_seqlens, ignore_index, average, context_group)
+    logits, rows = rows_of_logits(logits, labels, options)
+    return logps_of_rows(logits, rows, inplace_backward, backend_of("logits", logits, backend))
 
 
 def token_logps(
     logits: Tensor,
     labels: Tensor,
     *,
-    cu_seqlens: Tensor | None = None,
-    shift_labels: bool = False,
-    ignore_index: int = IGNORE_INDEX,
     inplace_backward: bool = False,
-    vocab_shard: VocabShard | None = None,
     backend: str = "auto",
+    **options: Unpack[TokenOptions],
 ) -> Tensor:
     """Log-probability of each label, for losses that need more than its sum over a sequence.
 
-    Arguments and errors are those of `sequence_logps`; ``cu_seqlens`` is needed for packed (N, V) logits.
+    Arguments, options and errors are those of `sequence_logps`, without ``average``, ``token_weights`` and
+    ``context_group``; ``cu_seqlens`` is needed for packed (N, V) logits.
 
     Returns:
         (S, T) or (N,), float32 (float64 for float64 logits), 0 where the label is ``ignore_index``. Differentiable
@@ -108,11 +93,9 @@ def token_logps(
         >>> token_logps(torch.zeros(1, 3, 4), torch.tensor([[1, 2, -100]]))
         tensor([[-1.3863, -1.3863,  0.0000]])
     """
-    logits, vocab_shard = dtensor.local_logits(logits, vocab_shard)
-    labels, entry = aligned_labels_and_backend(
-        logits, labels, cu_seqlens, shift_labels, ignore_index, backend, vocab_shard
-    )
-    return _token_logps(logits, labels, ignore_index, inplace_backward, vocab_shard, entry)
+    validation.check_option_names(options, TokenOptions)
+    logits, rows = rows_of_logits(logits, labels, options)
+    return _token_logps(logits, rows, inplace_backward, backend_of("logits", logits, backend))
 
 
 def linear_sequence_logps(
@@ -121,18 +104,13 @@ def linear_sequence_logps(
     labels: Tensor,
     *,
     bias: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
-    shift_labels: bool = False,
-    ignore_index: int = IGNORE_INDEX,
-    average: bool = False,
     logit_scale: float = 1.0,
     softcap: float | None = None,
     max_extra_bytes: int = MAX_EXTRA_BYTES,
     plan: str = "auto",
     accumulate_dtype: torch.dtype = torch.float32,
-    vocab_shard: VocabShard | None = None,
-    context_group: ProcessGroup | None = None,
     backend: str = "auto",
+    **options: Unpack[RowOptions],
 ) -> Tensor:
     """`sequence_logps` of the logits ``z = logit_scale * (hidden @ weight.T + bias)``, or
     ``softcap * tanh(z / softcap)``, without ever holding them.
@@ -141,12 +119,12 @@ def linear_sequence_logps(
         hidden: (S, T, D), or packed (N, D) with ``cu_seqlens``: the last hidden states.
         weight: (V, D), the language-model head. The products are done in hidden's dtype, under autocast in
             autocast's; the gradient is summed in ``accumulate_dtype`` and comes in the weight's own.
-        labels, cu_seqlens, shift_labels, ignore_index, average, context_group, backend: as in `sequence_logps`.
+        labels, backend and all other options: as in `sequence_logps`.
         bias: (V,) or None.
         logit_scale: finite number other than 0 (Cohere, Granite; one over a temperature).
         softcap: positive number or None (Gemma 2's ``final_logit_softcapping``).
         max_extra_bytes: memory for logits of a chunk, and for what is kept from forward to backward to save a matrix
-            product; gradients come on top. See `linear_plan`.
+            product; gradients come on top. See `grpo_kernels.kernels.linear_plan`.
         plan: "auto", or "keep" or "recompute" to force it.
         accumulate_dtype: of the sums over chunks that make the weight's gradient; torch.float32 or torch.bfloat16.
         vocab_shard: weight and bias are this rank's rows; hidden is the same on every rank of the shard's group (or
@@ -164,134 +142,57 @@ def linear_sequence_logps(
         >>> linear_sequence_logps(torch.zeros(1, 3, 2), torch.ones(4, 2), torch.tensor([[1, 2, -100]]))
         tensor([-2.7726])
     """
-    return linear_logps(
-        hidden,
-        weight,
-        labels,
-        bias=bias,
-        cu_seqlens=cu_seqlens,
-        shift_labels=shift_labels,
-        ignore_index=ignore_index,
-        average=average,
-        logit_scale=logit_scale,
-        softcap=softcap,
-        max_extra_bytes=max_extra_bytes,
-        plan=plan,
-        accumulate_dtype=accumulate_dtype,
-        vocab_shard=vocab_shard,
-        context_group=context_group,
-        backend=backend,
-    )
+    head = checked_head(weight, bias, logit_scale, softcap)
+    budget = Budget(max_extra_bytes, plan, accumulate_dtype)
+    hidden, head, rows = rows_of_hidden(hidden, head, labels, options)
+    return linear_logps(hidden, head, rows, budget, backend_of("hidden", hidden, backend))
 
 
-def linear_logps(
+def linear_token_logps(
     hidden: Tensor,
     weight: Tensor,
     labels: Tensor,
     *,
-    bias: Tensor | None,
-    cu_seqlens: Tensor | None,
-    shift_labels: bool,
-    ignore_index: int,
-    average: bool,
-    logit_scale: float,
-    softcap: float | None,
-    max_extra_bytes: int,
-    plan: str,
-    accumulate_dtype: torch.dtype,
-    vocab_shard: VocabShard | None,
-    context_group: ProcessGroup | None,
-    backend: str,
-    pair_terms: PairTerms | None = None,
-    accumulators: int = 0,
-) -> Tensor:
-    """`linear_sequence_logps` that may sweep where the pairs' loss and a forecast of its weights are known."""
-    validation.check_float_tensor("weight", weight)
-    validation.check_float_tensor("hidden", hidden)
-    validation.check_linear_options(logit_scale, softcap, max_extra_bytes, plan, accumulate_dtype)
-    hidden, weight, bias, vocab_shard = dtensor.local_head(hidden, weight, bias, vocab_shard)
-    hidden = _autocast(hidden)
-    validation.check_head(hidden, weight, bias)
-    num_columns = weight.shape[0]
-    rows = hidden if vocab_shard is None else vocab_parallel.like_whole_hidden(hidden, vocab_shard)
-    if vocab_shard is not None:
-        validation.check_vocab_shard(vocab_shard, "weight", num_columns)
-    validation.check_rows_and_labels(
-        "hidden", rows, labels, cu_seqlens, ignore_index, None if vocab_shard else num_columns
-    )
-    labels = _aligned(labels, cu_seqlens, shift_labels, ignore_index, context_group)
-    entry = dispatch.select(backend, dispatch.Request("hidden", tuple(hidden.shape), hidden.dtype, hidden.device))
-    head = LinearHead(weight, bias, float(logit_scale), float(softcap or 0))
-    if entry.module is None:
-        logits = reference.head_logits(hidden, weight, bias, head.logit_scale, head.softcap)
-        if vocab_shard is None and context_group is None:
-            return reference.sequence_logps(logits, labels, cu_seqlens, ignore_index, average)
-        per_token = _token_logps(logits, labels, ignore_index, False, vocab_shard, entry)
-        return _sum_over_sequences(per_token, labels, cu_seqlens, ignore_index, average, context_group)
-    whole = vocab_shard is None and context_group is None and pair_terms is not None
-    # Of packed rows twice the mean, for their lengths are on the device; a longer pair is computed again.
-    longest_pair = 2 * labels.shape[1] if cu_seqlens is None else 4 * labels.numel() // max(1, cu_seqlens.shape[0] - 1)
-    shape = plans.shape_of(
-        rows, weight, bias, labels.numel(), longest_pair, accumulators if whole else 0, accumulate_dtype
-    )
-    chosen = plans.plan_of(shape, max_extra_bytes, "recompute" if vocab_shard is not None else plan)
-    if vocab_shard is not None:
-        per_token = vocab_parallel.VocabParallelLinearTokenLogps.apply(
-            hidden,
-            *head,
-            labels,
-            ignore_index,
-            chosen.chunk_rows,
-            accumulate_dtype,
-            vocab_shard,
-            dispatch.kernels_of(entry.name),
-        )
-    elif chosen.name == "sweep":
-        assert pair_terms is not None
-        return LinearPairLogps.apply(
-            hidden,
-            *head,
-            labels,
-            cu_seqlens,
-            *pair_terms,
-            ignore_index,
-            average,
-            chosen.chunk_rows,
-            accumulate_dtype,
-            shape.needs_grad,
-            entry.name,
-        )
-    else:
-        per_token = LinearTokenLogps.apply(
-            hidden,
-            *head,
-            labels,
-            ignore_index,
-            chosen.chunk_rows,
-            accumulate_dtype,
-            chosen.name,
-            chosen.kept_rows,
-            entry.name,
-        )
-    return _sum_over_sequences(per_token, labels, cu_seqlens, ignore_index, average, context_group)
-
-
-def linear_plan(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    num_rows: int,
+    bias: Tensor | None = None,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
     max_extra_bytes: int = MAX_EXTRA_BYTES,
     plan: str = "auto",
-) -> plans.LinearPlan:
-    """What `linear_sequence_logps` will do with these inputs, by `grpo_kernels.kernels.linear_plan`.
+    accumulate_dtype: torch.dtype = torch.float32,
+    backend: str = "auto",
+    **options: Unpack[TokenOptions],
+) -> Tensor:
+    """`token_logps` from hidden states and the head's weight: what losses of single tokens start from.
+
+    Arguments are those of `linear_sequence_logps`, but that hidden (..., D) and labels (...) may have any leading
+    dimensions where no option asks for sequences.
+
+    Returns:
+        labels' shape, float32 (float64 for float64 hidden), 0 where the label is ``ignore_index``. Differentiable once
+        in hidden, weight and bias.
 
     Example:
-        >>> frozen_head = torch.zeros(50, 4)
-        >>> linear_plan(torch.zeros(2, 3, 4, requires_grad=True), frozen_head, None, 6).name  # two products, not four
-        'frozen'
+        >>> linear_token_logps(torch.zeros(3, 2), torch.ones(4, 2), torch.tensor([1, 2, -100]))
+        tensor([-1.3863, -1.3863,  0.0000])
     """
-    return plans.plan_of(plans.shape_of(hidden, weight, bias, num_rows), max_extra_bytes, plan)
+    validation.check_option_names(options, TokenOptions)
+    head = checked_head(weight, bias, logit_scale, softcap)
+    budget = Budget(max_extra_bytes, plan, accumulate_dtype)
+    validation.check_tensor("hidden", hidden)
+    validation.check_tensor("labels", labels)
+    shape = labels.shape
+    if hidden.dim() != 3 and options.get("cu_seqlens") is None:
+        if options.get("shift_labels"):
+            raise ValueError(
+                f"shift_labels needs sequences: hidden (S, T, D), or cu_seqlens; got hidden {tuple(hidden.shape)}"
+            )
+        validation.check_one_label_a_row("hidden", hidden, labels)
+        hidden, labels = hidden.reshape(1, -1, hidden.shape[-1]), labels.reshape(1, -1)
+    hidden, head, rows = rows_of_hidden(hidden, head, labels, options)
+    entry = backend_of("hidden", hidden, backend)
+    if entry.module is None:
+        return _token_logps(_whole_logits(hidden, head), rows, False, entry).view(shape)
+    return _linear_token_logps(hidden, head, rows, budget, entry).view(shape)
 
 
 def preference_losses(
@@ -329,21 +230,18 @@ def preference_losses(
         tensor([0.6931])
     """
     validation.check_logps(policy_logps, ref_logps)
-    num_pairs = policy_logps.shape[0] // 2
-    validation.check_beta(beta, num_pairs, policy_logps.device)
     validation.check_loss_options(loss_type, label_smoothing, PAIR_LOSSES)
-    policy_logps = at_least_float32(policy_logps)
-    ratios = policy_logps if ref_logps is None else policy_logps - ref_logps
-    h = ratios[:num_pairs] - ratios[num_pairs:]
-    if margin is not None:
-        validation.check_pair_vector("margin", margin, num_pairs, h.device)
-        h = h - margin
-    losses = PairLossFunction.apply(
-        h, beta if isinstance(beta, Tensor) else float(beta), loss_type, float(label_smoothing)
-    )
-    if weights is not None:
-        validation.check_pair_vector("weights", weights, num_pairs, h.device)
-        losses = losses * weights
+    pairs = Pairs(None, ref_logps, margin, weights, beta, loss_type, float(label_smoothing))
+    pairs.check(policy_logps.shape[0] // 2, policy_logps.device)
+    return losses_of_pairs(policy_logps, pairs)
+
+
+# -- what the modules call: arguments are checked already ----------------------------------------------------------
+
+
+def losses_of_pairs(policy_logps: Tensor, pairs: Pairs) -> Tensor:
+    """(B,) of (2B,)."""
+    losses: Tensor = PairLosses.apply(at_least_float32(policy_logps), *ops.PAIRS.pack(pairs))
     return losses
 
 
@@ -352,95 +250,101 @@ def at_least_float32(logps: Tensor) -> Tensor:
     return logps if logps.dtype in (torch.float32, torch.float64) else logps.float()
 
 
-def aligned_labels_and_backend(
-    logits: Tensor,
-    labels: Tensor,
-    cu_seqlens: Tensor | None,
-    shift_labels: bool,
-    ignore_index: int,
-    backend: str,
-    vocab_shard: VocabShard | None = None,
-    context_group: ProcessGroup | None = None,
-) -> tuple[Tensor, dispatch.BackendEntry]:
-    """What every function of logits does first: validate, shift the labels if asked, select a backend."""
-    vocab_size = logits.shape[-1] if isinstance(logits, Tensor) and vocab_shard is None else None
-    validation.check_rows_and_labels("logits", logits, labels, cu_seqlens, ignore_index, vocab_size)
-    if vocab_shard is not None:
-        validation.check_vocab_shard(vocab_shard, "logits", logits.shape[-1])
-    labels = _aligned(labels, cu_seqlens, shift_labels, ignore_index, context_group)
-    request = dispatch.Request("logits", tuple(logits.shape), logits.dtype, logits.device)
-    return labels, dispatch.select(backend, request)
+def backend_of(argument: str, tensor: Tensor, name: str) -> dispatch.BackendEntry:
+    return dispatch.select(name, dispatch.Request(argument, tuple(tensor.shape), tensor.dtype, tensor.device))
 
 
-def _token_logps(
-    logits: Tensor,
-    labels: Tensor,
-    ignore_index: int,
-    inplace_backward: bool,
-    vocab_shard: VocabShard | None,
+def rows_of_logits(logits: Tensor, labels: Tensor, options: RowOptions | TokenOptions) -> tuple[Tensor, Rows]:
+    """The rank's own logits, and their rows: what every function of logits does first."""
+    logits, vocab_shard = dtensor.local_logits(logits, options.get("vocab_shard"))
+    num_columns = logits.shape[-1] if isinstance(logits, Tensor) else 0
+    return logits, Rows.of("logits", logits, num_columns, labels, {**options, "vocab_shard": vocab_shard})
+
+
+def logps_of_rows(logits: Tensor, rows: Rows, inplace_backward: bool, entry: dispatch.BackendEntry) -> Tensor:
+    """(S,) log-probabilities."""
+    if entry.module is None and rows.context_group is None and rows.vocab_shard is None:
+        return reference.sequence_logps(
+            logits, rows.labels, rows.cu_seqlens, rows.ignore_index, rows.average, rows.token_weights
+        )
+    return _sums_over_sequences(_token_logps(logits, rows, inplace_backward, entry), rows)
+
+
+def checked_head(weight: Tensor, bias: Tensor | None, logit_scale: float, softcap: float | None) -> LinearHead:
+    validation.check_float_tensor("weight", weight)
+    validation.check_logit_options(logit_scale, softcap)
+    return LinearHead(weight, bias, float(logit_scale), float(softcap or 0))
+
+
+def rows_of_hidden(
+    hidden: Tensor, head: LinearHead, labels: Tensor, options: RowOptions | TokenOptions
+) -> tuple[Tensor, LinearHead, Rows]:
+    """The rank's own hidden states and head, under autocast in its dtype, and their rows."""
+    validation.check_float_tensor("hidden", hidden)
+    hidden, weight, bias, vocab_shard = dtensor.local_head(hidden, head.weight, head.bias, options.get("vocab_shard"))
+    hidden, head = _autocast(hidden), head._replace(weight=weight, bias=bias)
+    validation.check_head(hidden, weight, bias)
+    like = hidden if vocab_shard is None else vocab_parallel.like_whole_hidden(hidden, vocab_shard)
+    rows = Rows.of("hidden", like, head.num_columns, labels, {**options, "vocab_shard": vocab_shard})
+    return hidden, head, rows
+
+
+def linear_logps(
+    hidden: Tensor,
+    head: LinearHead,
+    rows: Rows,
+    budget: Budget,
     entry: dispatch.BackendEntry,
+    pairs: Pairs | None = None,
+    forecast: Forecast | None = None,
 ) -> Tensor:
+    """(S,) log-probabilities, by a sweep where the pairs' loss and a forecast of its weights are known."""
+    if entry.module is None:
+        return logps_of_rows(_whole_logits(hidden, head), rows, False, entry)
+    plan = plan_for(hidden, head, rows, budget, 0 if forecast is None else forecast.accumulators)
+    if plan.name == "sweep":
+        assert pairs is not None
+        assert forecast is not None
+        of_batch = (*ops.ROWS.pack(rows), *ops.PLAN.pack(plan), *ops.PAIRS.pack(pairs), *ops.FORECAST.pack(forecast))
+        logps: Tensor = LinearPairLogps.apply(hidden, *head, *of_batch, entry.name)
+        return logps
+    return _sums_over_sequences(_linear_token_logps(hidden, head, rows, budget, entry), rows)
+
+
+def _linear_token_logps(
+    hidden: Tensor, head: LinearHead, rows: Rows, budget: Budget, entry: dispatch.BackendEntry
+) -> Tensor:
+    """(...) log-probabilities of the tokens."""
+    plan = plan_for(hidden, head, rows, budget)
+    if rows.vocab_shard is not None:
+        of_logits, kernels = (head.logit_scale, head.softcap), dispatch.kernels_of(entry.name)
+        return vocab_parallel.VocabParallelLinearTokenLogps.apply(
+            hidden, head.weight, head.bias, of_logits, rows, plan, kernels
+        )
+    return LinearTokenLogps.apply(hidden, *head, *ops.ROWS.pack(rows), *ops.PLAN.pack(plan), entry.name)
+
+
+def _whole_logits(hidden: Tensor, head: LinearHead) -> Tensor:
+    return reference.head_logits(hidden, *head)
+
+
+def _token_logps(logits: Tensor, rows: Rows, inplace_backward: bool, entry: dispatch.BackendEntry) -> Tensor:
     if inplace_backward:
         validation.check_no_overlap("logits", logits)
-    if vocab_shard is not None:
+    if rows.vocab_shard is not None:
         kernels = dispatch.kernels_of(entry.name)
-        return vocab_parallel.VocabParallelTokenLogps.apply(
-            logits, labels, ignore_index, inplace_backward, vocab_shard, kernels
-        )
+        return vocab_parallel.VocabParallelTokenLogps.apply(logits, rows, inplace_backward, kernels)
     if entry.module is None:
-        return reference.token_logps(logits, labels, ignore_index)
-    return TokenLogps.apply(logits, labels, ignore_index, inplace_backward, entry.name)
+        return reference.token_logps(logits, rows.labels, rows.ignore_index)
+    return TokenLogps.apply(logits, rows.labels, rows.ignore_index, inplace_backward, entry.name)
 
 
-def _aligned(
-    labels: Tensor,
-    cu_seqlens: Tensor | None,
-    shift_labels: bool,
-    ignore_index: int,
-    context_group: ProcessGroup | None,
-) -> Tensor:
-    if not shift_labels:
-        return labels
-    if context_group is not None:
-        raise ValueError(
-            "shift_labels must be False with context_group: a rank does not have the label after its last position. "
-            "Shift the labels before they are split over the ranks"
-        )
-    return _shifted(labels, cu_seqlens, ignore_index)
-
-
-def _shifted(labels: Tensor, cu_seqlens: Tensor | None, ignore_index: int) -> Tensor:
-    """Labels moved one to the left: row t holds what it predicts, and the last row of a sequence predicts nothing."""
-    if labels.shape[-1] == 0:
-        return labels
-    nothing = labels.new_full((*labels.shape[:-1], 1), ignore_index)
-    shifted = torch.cat([labels[..., 1:], nothing], dim=-1)
-    if cu_seqlens is None:
-        return shifted
-    ids = packed_sequence_ids(cu_seqlens, labels.shape[0])
-    next_is_other = torch.cat([ids[1:] != ids[:-1], ids.new_ones(1, dtype=torch.bool)])
-    return shifted.masked_fill(next_is_other, ignore_index)
-
-
-def _sum_over_sequences(
-    token_logps: Tensor,
-    labels: Tensor,
-    cu_seqlens: Tensor | None,
-    ignore_index: int,
-    average: bool,
-    context_group: ProcessGroup | None,
-) -> Tensor:
-    """(S,) sums, added up in float64 so that thousands of tokens cost no digits."""
-    counted = labels != ignore_index
-    if cu_seqlens is None:
-        sums, counts = token_logps.double().sum(-1), counted.sum(-1)
-    else:
-        ids, num_sequences = packed_sequence_ids(cu_seqlens, labels.shape[0]), cu_seqlens.shape[0] - 1
-        sums = segment_sum(token_logps, ids, num_sequences)
-        counts = segment_sum(counted, ids, num_sequences)
-    if context_group is not None:
-        sums, counts = SumOverRanks.apply(torch.stack([sums, counts.double()]), context_group)
-    if average:
+def _sums_over_sequences(token_logps: Tensor, rows: Rows) -> Tensor:
+    """(S,) sums, or means."""
+    sums, counts = rows.sums(rows.weighted(token_logps)), rows.counts()
+    if rows.context_group is not None:
+        sums, counts = SumOverRanks.apply(torch.stack([sums, counts]), rows.context_group)
+    if rows.average:
         sums = sums / counts.clamp(min=1)
     return sums.to(token_logps.dtype)
 

@@ -2,30 +2,33 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 import torch
 from torch import Tensor, nn
 
 from grpo_kernels import validation
-from grpo_kernels.distributed import dtensor, group_sync
+from grpo_kernels.batch import Pairs, Rows
 from grpo_kernels.functional import (
-    MAX_EXTRA_BYTES,
-    aligned_labels_and_backend,
     at_least_float32,
+    backend_of,
+    checked_head,
     linear_logps,
     linear_sequence_logps,
-    preference_losses,
-    sequence_logps,
+    logps_of_rows,
+    losses_of_pairs,
+    rows_of_hidden,
+    rows_of_logits,
 )
 from grpo_kernels.groups.forecast import forecast_of
 from grpo_kernels.groups.weights import GroupWeights
 from grpo_kernels.kernels import group_robust as tables
+from grpo_kernels.kernels import ops
 from grpo_kernels.kernels.autograd import FusedGroupRobustLoss
-from grpo_kernels.kernels.linear_pairs import PairTerms
+from grpo_kernels.kernels.linear_plan import MAX_EXTRA_BYTES, Budget
 from grpo_kernels.pair_losses import PAIR_LOSSES
 from grpo_kernels.segments import segment_sum
-from grpo_kernels.types import IGNORE_INDEX, GroupRobustOutput, VocabShard
+from grpo_kernels.types import IGNORE_INDEX, GroupRobustOutput, PairOptions, RowOptions, VocabShard
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -83,65 +86,115 @@ class _GroupRobustLossBase(nn.Module):
         ``total_pairs`` as in `GroupRobustLoss.forward`.
         """
         validation.check_logps(policy_logps, ref_logps)
-        policy_logps = at_least_float32(policy_logps)
-        num_pairs, num_groups = policy_logps.shape[0] // 2, self.group_weights.num_groups
-        beta = self.beta if beta is None else beta
-        self._check_pairs(num_pairs, policy_logps.device, group_ids, ref_logps, beta, margin, weights)
-        self.group_weights.check_total_pairs(total_pairs)
-        losses = preference_losses(
-            policy_logps,
-            ref_logps,
-            beta=beta,
-            loss_type=self.loss_type,
-            label_smoothing=self.label_smoothing,
-            margin=margin,
-            weights=weights,
-        )
-        # An id outside [0, K) indexes nothing: its pair's loss becomes NaN, and with it the batch's.
-        known = (group_ids >= 0) & (group_ids < num_groups)
-        ids = torch.where(known, group_ids, 0)
-        losses = losses.masked_fill(~known, torch.nan)
-        sums = segment_sum(losses, ids, num_groups)
-        counts = segment_sum(torch.ones_like(losses, requires_grad=False), ids, num_groups).long()
-        sums, counts = self.group_weights.take_in(
-            sums, counts, policy_logps.detach(), self._context_size(), total_pairs
-        )
-        group_losses = self.group_weights.group_losses(sums, counts, total_pairs)
-        loss = (self.group_weights.loss_weights() * group_losses).sum().to(losses.dtype)
-        ratios = policy_logps.detach() if ref_logps is None else policy_logps.detach() - ref_logps
-        return GroupRobustOutput(
-            loss=loss,
-            pair_losses=losses,
-            group_losses=group_losses,
-            group_counts=counts,
-            alpha=self.group_weights.alpha,
-            chosen_logps=policy_logps[:num_pairs],
-            rejected_logps=policy_logps[num_pairs:],
-            chosen_rewards=beta * ratios[:num_pairs],
-            rejected_rewards=beta * ratios[num_pairs:],
-        )
+        policy_logps, num_pairs = at_least_float32(policy_logps), policy_logps.shape[0] // 2
+        pairs = self._pairs(num_pairs, policy_logps.device, group_ids, ref_logps, beta, margin, weights)
+        return self._of_pairs(policy_logps, pairs, total_pairs)
 
-    def _context_size(self) -> int:
-        return 1 if self.context_group is None else torch.distributed.get_world_size(self.context_group)
+    def from_pair_losses(
+        self, pair_losses: Tensor, group_ids: Tensor, *, total_pairs: int | Tensor | None = None
+    ) -> GroupRobustOutput:
+        """The group-robust loss of losses (B,) that were computed elsewhere, of pairs or of anything that has a group.
 
-    def _check_pairs(
+        What is known of log-probabilities only is NaN in the output: logps, rewards, and their metrics.
+
+        Args:
+            pair_losses: (B,) float32 or float64, with their gradient.
+            group_ids, total_pairs: as in `GroupRobustLoss.forward`.
+
+        Example:
+            >>> loss_fn = GroupRobustLoss(GroupWeights(num_groups=2, estimator="group_mean", step_size=1.0))
+            >>> out = loss_fn.from_pair_losses(torch.tensor([0.0, 1.0]), torch.tensor([0, 1]))
+            >>> out.alpha  # the worse group gains: e^1 to e^0
+            tensor([0.2689, 0.7311], dtype=torch.float64)
+        """
+        validation.check_pair_losses(pair_losses)
+        num_pairs = pair_losses.shape[0]
+        validation.check_weights_device(self.group_weights.log_alpha, pair_losses.device)
+        validation.check_group_ids(group_ids, num_pairs, self.group_weights.num_groups, pair_losses.device)
+        unknown = torch.full((2, num_pairs), torch.nan, dtype=pair_losses.dtype, device=pair_losses.device)
+        output = self._of_losses(pair_losses, group_ids, pair_losses.detach(), total_pairs)
+        return self._with_logps(output, unknown[0].repeat(2), unknown[0].repeat(2))
+
+    def _pairs(
         self,
         num_pairs: int,
         device: torch.device,
         group_ids: Tensor,
         ref_logps: Tensor | None,
-        beta: float | Tensor,
-        margin: Tensor | None,
-        weights: Tensor | None,
-    ) -> None:
+        beta: float | Tensor | None = None,
+        margin: Tensor | None = None,
+        weights: Tensor | None = None,
+    ) -> Pairs:
+        """The batch's pairs, checked, with the loss's own beta where the call names none."""
         validation.check_weights_device(self.group_weights.log_alpha, device)
         validation.check_reference(self.reference_free, ref_logps)
-        validation.check_ref_logps(ref_logps, 2 * num_pairs, device)
         validation.check_group_ids(group_ids, num_pairs, self.group_weights.num_groups, device)
-        validation.check_beta(beta, num_pairs, device)
-        for name, value in (("margin", margin), ("weights", weights)):
-            if value is not None:
-                validation.check_pair_vector(name, value, num_pairs, device)
+        beta = self.beta if beta is None else beta
+        pairs = Pairs(group_ids, ref_logps, margin, weights, beta, self.loss_type, self.label_smoothing)
+        pairs.check(num_pairs, device)
+        return pairs
+
+    def _of_pairs(self, policy_logps: Tensor, pairs: Pairs, total_pairs: int | Tensor | None) -> GroupRobustOutput:
+        assert pairs.group_ids is not None
+        losses, logps = losses_of_pairs(policy_logps, pairs), policy_logps.detach()
+        output = self._of_losses(losses, pairs.group_ids, logps, total_pairs)
+        ratios = logps if pairs.ref_logps is None else logps - pairs.ref_logps
+        beta = pairs.beta.repeat(2) if isinstance(pairs.beta, Tensor) else pairs.beta
+        return self._with_logps(output, policy_logps, beta * ratios)
+
+    def _of_losses(
+        self, losses: Tensor, group_ids: Tensor, of_batch: Tensor, total_pairs: int | Tensor | None
+    ) -> GroupRobustOutput:
+        """Group losses, alpha and the loss, without logps. ``of_batch``: detached numbers that tell it from others."""
+        groups = self.group_weights
+        groups.check_total_pairs(total_pairs)
+        # An id outside [0, K) indexes nothing: its pair's loss becomes NaN, and with it the batch's.
+        known = (group_ids >= 0) & (group_ids < groups.num_groups)
+        ids = torch.where(known, group_ids, 0)
+        losses = losses.masked_fill(~known, torch.nan)
+        sums = segment_sum(losses, ids, groups.num_groups)
+        counts = segment_sum(torch.ones_like(losses, requires_grad=False), ids, groups.num_groups).long()
+        sums, counts = groups.take_in(sums, counts, of_batch, self._context_size(), total_pairs)
+        group_losses = groups.group_losses(sums, counts, total_pairs)
+        loss = (groups.loss_weights() * group_losses).sum().to(losses.dtype)
+        nothing = losses.new_empty(0)
+        return GroupRobustOutput(
+            loss=loss,
+            pair_losses=losses,
+            group_losses=group_losses,
+            group_counts=counts,
+            alpha=groups.alpha,
+            chosen_logps=nothing,
+            rejected_logps=nothing,
+            chosen_rewards=nothing,
+            rejected_rewards=nothing,
+            group_means=sums.detach() / counts,
+        )
+
+    @staticmethod
+    def _with_logps(output: GroupRobustOutput, logps: Tensor, rewards: Tensor) -> GroupRobustOutput:
+        """``logps`` and ``rewards``: (2B,), the chosen first."""
+        num_pairs = logps.shape[0] // 2
+        return output._replace(
+            chosen_logps=logps[:num_pairs],
+            rejected_logps=logps[num_pairs:],
+            chosen_rewards=rewards[:num_pairs],
+            rejected_rewards=rewards[num_pairs:],
+        )
+
+    def _row_options(self, cu_seqlens: Tensor | None, token_weights: Tensor | None) -> RowOptions:
+        return {
+            "cu_seqlens": cu_seqlens,
+            "shift_labels": self.shift_labels,
+            "ignore_index": self.ignore_index,
+            "average": self.average_log_prob,
+            "token_weights": token_weights,
+            "vocab_shard": self.vocab_shard,
+            "context_group": self.context_group,
+        }
+
+    def _context_size(self) -> int:
+        return 1 if self.context_group is None else torch.distributed.get_world_size(self.context_group)
 
     def extra_repr(self) -> str:
         return (
@@ -214,11 +267,7 @@ class GroupRobustLoss(_GroupRobustLossBase):
         group_ids: Tensor,
         ref_logps: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
-        *,
-        beta: float | Tensor | None = None,
-        margin: Tensor | None = None,
-        weights: Tensor | None = None,
-        total_pairs: int | Tensor | None = None,
+        **options: Unpack[PairOptions],
     ) -> GroupRobustOutput:
         """Loss of a batch of B pairs as 2B sequences, the chosen first.
 
@@ -229,110 +278,49 @@ class GroupRobustLoss(_GroupRobustLossBase):
                 (``GRPO_KERNELS_DEBUG=1`` raises instead).
             ref_logps: (2B,) log-probabilities under the reference policy, without gradient.
             beta, margin, weights: per-pair overrides as in `preference_losses`.
+            token_weights: labels' shape, as in `sequence_logps`.
             total_pairs: pairs of the whole optimiser step, over all its forwards and ranks, for ``update="lagged"``.
                 The loss is then this batch's share of the step, to be added up over forwards (the engine must not
                 divide by their number), and statistics of other ranks arrive while the backward runs.
         """
-        num_sequences = _num_sequences(logits, cu_seqlens)
-        validation.check_pair_batch(num_sequences)
-        logits, vocab_shard = dtensor.local_logits(logits, self.vocab_shard)
-        labels, entry = aligned_labels_and_backend(
-            logits,
-            labels,
-            cu_seqlens,
-            self.shift_labels,
-            self.ignore_index,
-            self.backend,
-            vocab_shard,
-            self.context_group,
-        )
-        whole_rows = vocab_shard is None and self.context_group is None and total_pairs is None
-        known = self.group_weights.is_default_rule and PAIR_LOSSES[self.loss_type].fused
+        validation.check_option_names(options, PairOptions)
+        given: dict[str, Any] = {**options}
+        total_pairs, token_weights = given.pop("total_pairs", None), given.pop("token_weights", None)
+        validation.check_pair_batch(_num_sequences(logits, cu_seqlens))
+        logits, rows = rows_of_logits(logits, labels, self._row_options(cu_seqlens, token_weights))
+        entry = backend_of("logits", logits, self.backend)
+        pairs = self._pairs(rows.num_sequences // 2, logits.device, group_ids, ref_logps, **given)
+        whole_rows = rows.vocab_shard is None and rows.context_group is None and total_pairs is None
+        known = self.group_weights.is_default_rule and PAIR_LOSSES[self.loss_type].fused and token_weights is None
         if entry.fuses_loss and known and whole_rows:
-            beta = self.beta if beta is None else beta
-            self._check_pairs(num_sequences // 2, logits.device, group_ids, ref_logps, beta, margin, weights)
-            arguments = (logits, labels, group_ids, ref_logps, cu_seqlens, beta, margin, weights)
-            return self._fused(entry.name, *arguments)
-        logps = sequence_logps(
-            logits,
-            labels,
-            cu_seqlens=cu_seqlens,
-            ignore_index=self.ignore_index,
-            average=self.average_log_prob,
-            inplace_backward=self.inplace_backward,
-            vocab_shard=vocab_shard,
-            context_group=self.context_group,
-            backend=entry.name,
-        )
-        return self.from_logps(
-            logps, group_ids, ref_logps, beta=beta, margin=margin, weights=weights, total_pairs=total_pairs
-        )
+            return self._fused(entry.name, logits, rows, pairs)
+        return self._of_pairs(logps_of_rows(logits, rows, self.inplace_backward, entry), pairs, total_pairs)
 
-    def _fused(
-        self,
-        backend: str,
-        logits: Tensor,
-        labels: Tensor,
-        group_ids: Tensor,
-        ref_logps: Tensor | None,
-        cu_seqlens: Tensor | None,
-        beta: float | Tensor,
-        margin: Tensor | None,
-        weights: Tensor | None,
-    ) -> GroupRobustOutput:
-        """`from_logps` of `sequence_logps` in one operator; arguments are checked and labels aligned already."""
+    def _fused(self, backend: str, logits: Tensor, rows: Rows, pairs: Pairs) -> GroupRobustOutput:
+        """`_of_pairs` of `logps_of_rows` in one operator."""
         if self.inplace_backward:
             validation.check_no_overlap("logits", logits)
-        of_groups = self.group_weights
-        update = of_groups.update_of_forward()
-        of_groups.check_ranks(update)
-        several_ranks = update != "none" and of_groups.num_ranks > 1
-        loss, sequences, pairs, groups, counts = FusedGroupRobustLoss.apply(
-            self.inplace_backward,
-            backend,
-            self.ignore_index,
-            logits,
-            labels,
-            cu_seqlens,
-            ref_logps,
-            group_ids,
-            beta if isinstance(beta, Tensor) else None,
-            margin,
-            weights,
-            of_groups.log_alpha,
-            of_groups.group_sizes,
-            of_groups.pending_sums,
-            of_groups.pending_counts,
-            of_groups.skipped_updates,
-            0.0 if isinstance(beta, Tensor) else float(beta),
-            self.loss_type,
-            self.label_smoothing,
-            self.average_log_prob,
-            self.ignore_index,
-            of_groups.estimator,
-            of_groups.step_size,
-            of_groups.adjustment,
-            of_groups.floor,
-            of_groups.chi,
-            "none" if update == "recomputed" else update,
-            group_sync.name_of(of_groups.process_group) if several_ranks else "",
-            of_groups.gradient_scale if several_ranks else 1.0,
-            backend,
-        )
-        of_groups.after_forward(update, sequences[tables.LOGPS].detach())
-        num_pairs = pairs.shape[1]
-        rewards = sequences[tables.REWARDS].detach()
-        return GroupRobustOutput(
+        groups = self.group_weights
+        update = groups.update_of_forward()
+        groups.check_ranks(update)
+        of_operator = (*ops.ROWS.pack(rows), *ops.PAIRS.pack(pairs), *ops.GROUPS.pack(groups.fused_state(update)))
+        found = FusedGroupRobustLoss.apply(self.inplace_backward, backend, logits, *of_operator)
+        loss, of_sequences, of_pairs, of_groups, counts = found
+        logps = of_sequences[tables.LOGPS]
+        groups.after_forward(update, logps.detach())
+        output = GroupRobustOutput(
             loss=loss,
-            pair_losses=pairs[tables.PAIR_LOSSES],
-            group_losses=groups[tables.GROUP_LOSSES],
+            pair_losses=of_pairs[tables.PAIR_LOSSES],
+            group_losses=of_groups[tables.GROUP_LOSSES],
             group_counts=counts,
-            alpha=groups[tables.ALPHA].detach(),
-            chosen_logps=sequences[tables.LOGPS, :num_pairs],
-            rejected_logps=sequences[tables.LOGPS, num_pairs:],
-            chosen_rewards=rewards[:num_pairs],
-            rejected_rewards=rewards[num_pairs:],
+            alpha=of_groups[tables.ALPHA].detach(),
+            chosen_logps=logps,
+            rejected_logps=logps,
+            chosen_rewards=logps,
+            rejected_rewards=logps,
+            group_means=of_groups[tables.SUMS].detach() / counts,
         )
+        return self._with_logps(output, logps, of_sequences[tables.REWARDS].detach())
 
 
 class LinearGroupRobustLoss(_GroupRobustLossBase):
@@ -359,17 +347,16 @@ class LinearGroupRobustLoss(_GroupRobustLossBase):
         **options: Any,
     ) -> None:
         super().__init__(group_weights, **options)
-        validation.check_linear_options(logit_scale, softcap, max_extra_bytes, plan, accumulate_dtype)
+        validation.check_logit_options(logit_scale, softcap)
         self.logit_scale = logit_scale
         self.softcap = softcap
-        self.max_extra_bytes = max_extra_bytes
-        self.plan = plan
-        self.accumulate_dtype = accumulate_dtype
+        self.budget = Budget(max_extra_bytes, plan, accumulate_dtype)
 
     def extra_repr(self) -> str:
         return (
-            f"{super().extra_repr()}, logit_scale={self.logit_scale}, softcap={self.softcap}, plan={self.plan!r}, "
-            f"max_extra_bytes={self.max_extra_bytes}, accumulate_dtype={self.accumulate_dtype}"
+            f"{super().extra_repr()}, logit_scale={self.logit_scale}, softcap={self.softcap}, "
+            f"plan={self.budget.plan!r}, max_extra_bytes={self.budget.max_extra_bytes}, "
+            f"accumulate_dtype={self.budget.accumulate_dtype}"
         )
 
     def forward(
@@ -381,60 +368,48 @@ class LinearGroupRobustLoss(_GroupRobustLossBase):
         ref_logps: Tensor | None = None,
         bias: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
-        *,
         ref_hidden: Tensor | None = None,
         ref_weight: Tensor | None = None,
         ref_bias: Tensor | None = None,
-        beta: float | Tensor | None = None,
-        margin: Tensor | None = None,
-        weights: Tensor | None = None,
-        total_pairs: int | Tensor | None = None,
+        **options: Unpack[PairOptions],
     ) -> GroupRobustOutput:
         """As `GroupRobustLoss.forward`, with hidden (2B, T, D) or packed (N, D), weight (V, D) and bias (V,).
 
         ``ref_hidden`` (2B, T, D') or (N, D') with ``ref_weight`` (V, D') in place of ``ref_logps``: the reference
         policy's log-probabilities are computed here, without gradients: one more product.
         """
-        num_sequences = _num_sequences(hidden, cu_seqlens)
-        validation.check_pair_batch(num_sequences)
-        options: dict[str, Any] = {
-            "cu_seqlens": cu_seqlens,
-            "shift_labels": self.shift_labels,
-            "ignore_index": self.ignore_index,
-            "average": self.average_log_prob,
-            "logit_scale": self.logit_scale,
-            "softcap": self.softcap,
-            "max_extra_bytes": self.max_extra_bytes,
-            "vocab_shard": self.vocab_shard,
-            "context_group": self.context_group,
-            "backend": self.backend,
-        }
+        validation.check_option_names(options, PairOptions)
+        given: dict[str, Any] = {**options}
+        total_pairs, token_weights = given.pop("total_pairs", None), given.pop("token_weights", None)
+        validation.check_pair_batch(_num_sequences(hidden, cu_seqlens))
+        row_options = self._row_options(cu_seqlens, token_weights)
         if ref_hidden is not None or ref_weight is not None or ref_bias is not None:
             validation.check_online_reference(ref_hidden, ref_weight, ref_logps, self.reference_free)
             assert ref_hidden is not None
             assert ref_weight is not None
-            with torch.no_grad():
-                ref_logps = linear_sequence_logps(ref_hidden, ref_weight, labels, bias=ref_bias, **options)
-        beta = self.beta if beta is None else beta
-        self._check_pairs(num_sequences // 2, hidden.device, group_ids, ref_logps, beta, margin, weights)
-        terms, accumulators = None, 0
+            ref_logps = self._ref_logps(ref_hidden, ref_weight, ref_bias, labels, row_options)
+        head = checked_head(weight, bias, self.logit_scale, self.softcap)
+        hidden, head, rows = rows_of_hidden(hidden, head, labels, row_options)
+        pairs = self._pairs(rows.num_sequences // 2, hidden.device, group_ids, ref_logps, **given)
         forecast = forecast_of(self.group_weights, group_ids)
-        if forecast is not None:
-            of_loss = (group_ids, ref_logps, margin, weights, beta, self.loss_type, self.label_smoothing)
-            terms, accumulators = PairTerms(*of_loss, forecast.offsets, forecast.rates), forecast.accumulators
-        logps = linear_logps(
+        entry = backend_of("hidden", hidden, self.backend)
+        logps = linear_logps(hidden, head, rows, self.budget, entry, pairs, forecast)
+        return self._of_pairs(logps, pairs, total_pairs)
+
+    @torch.no_grad()
+    def _ref_logps(
+        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, row_options: RowOptions
+    ) -> Tensor:
+        return linear_sequence_logps(
             hidden,
             weight,
             labels,
             bias=bias,
-            plan=self.plan,
-            accumulate_dtype=self.accumulate_dtype,
-            pair_terms=terms,
-            accumulators=accumulators,
-            **options,
-        )
-        return self.from_logps(
-            logps, group_ids, ref_logps, beta=beta, margin=margin, weights=weights, total_pairs=total_pairs
+            logit_scale=self.logit_scale,
+            softcap=self.softcap,
+            max_extra_bytes=self.budget.max_extra_bytes,
+            backend=self.backend,
+            **row_options,
         )
 
 

@@ -18,7 +18,9 @@ Beta = float | Tensor
 
 @dataclass(frozen=True)
 class PairLoss:
-    """value(h, beta, e) and derivative(h, beta, e) are elementwise over h (B,).
+    """A loss of the chosen and the rejected sequence's score, (n,) each, elementwise: here of their difference alone.
+
+    value(h, beta, e) and derivative(h, beta, e) are elementwise over h (n,).
 
     ``fused``: kernels that compute the whole loss in one launch know it, too; otherwise it is computed after them.
     """
@@ -28,6 +30,16 @@ class PairLoss:
     uses_label_smoothing: bool
     source: str
     fused: bool = False
+
+    def value_and_slopes(
+        self, chosen: Tensor, rejected: Tensor, margin: Tensor | None, beta: Beta, e: float
+    ) -> tuple[Tensor, Tensor]:
+        """l (n,) and its slopes (2, n) in the chosen and the rejected score."""
+        h = chosen - rejected
+        if margin is not None:
+            h = h - margin
+        slope = self.derivative(h, beta, e)
+        return self.value(h, beta, e), torch.stack([slope, -slope])
 
 
 def _sigmoid(h: Tensor, beta: Beta, e: float) -> Tensor:

@@ -23,10 +23,17 @@ def token_logps(logits: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
 
 
 def sequence_logps(
-    logits: Tensor, labels: Tensor, cu_seqlens: Tensor | None, ignore_index: int, average: bool
+    logits: Tensor,
+    labels: Tensor,
+    cu_seqlens: Tensor | None,
+    ignore_index: int,
+    average: bool,
+    token_weights: Tensor | None = None,
 ) -> Tensor:
-    """(S,): sum over counted t of the token log-probabilities; ``average`` divides by their number (at least 1)."""
+    """(S,): (weighted) sum over counted t of the log-probabilities; ``average`` divides by their number, at least 1."""
     logps, counted = token_logps(logits, labels, ignore_index), labels != ignore_index
+    if token_weights is not None:
+        logps = logps * token_weights
     if cu_seqlens is None:
         sums, counts = logps.sum(-1), counted.sum(-1)
     else:

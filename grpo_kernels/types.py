@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 ESTIMATORS = ("importance", "group_mean")
 UPDATE_MODES = ("inline", "lagged")
@@ -34,6 +37,33 @@ class VocabShard:
             raise ValueError(f"VocabShard needs 0 <= start < stop, got start={self.start}, stop={self.stop}")
 
 
+class TokenOptions(TypedDict, total=False):
+    """Keyword options that all functions of rows share; `grpo_kernels.sequence_logps` says what they mean."""
+
+    cu_seqlens: Tensor | None
+    shift_labels: bool
+    ignore_index: int
+    vocab_shard: VocabShard | None
+
+
+class RowOptions(TokenOptions, total=False):
+    """And those of sums over a sequence."""
+
+    average: bool
+    token_weights: Tensor | None
+    context_group: ProcessGroup | None
+
+
+class PairOptions(TypedDict, total=False):
+    """Keyword options of a loss's forward; `grpo_kernels.GroupRobustLoss.forward` says what they mean."""
+
+    beta: float | Tensor | None
+    margin: Tensor | None
+    weights: Tensor | None
+    token_weights: Tensor | None
+    total_pairs: int | Tensor | None
+
+
 class GroupRobustOutput(NamedTuple):
     """What a group-robust loss returns: B pairs, K groups.
 
@@ -59,6 +89,8 @@ class GroupRobustOutput(NamedTuple):
     """(B,): beta * (policy - reference) log-probability of the chosen answers."""
     rejected_rewards: Tensor
     """(B,): the same for the rejected answers."""
+    group_means: Tensor
+    """(K,) float64, detached: the plain mean of the batch's pair losses of each group; NaN for a group that it lacks."""
 
     def metrics(self) -> dict[str, Tensor]:
         """Batch means under TRL's names, as detached 0-d views of one tensor.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from numbers import Real
 from typing import Any
@@ -24,6 +24,14 @@ def debug_checks_on() -> bool:
 def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
     if value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def check_option_names(options: Mapping[str, Any], known: type) -> None:
+    """Keyword options against the names of a TypedDict."""
+    names = [*known.__annotations__]  # with those that it inherits
+    for name in options:
+        if name not in names:
+            raise TypeError(f"{name!r} is no option here; there are {', '.join(names)}")
 
 
 def _is_real(value: Any) -> bool:
@@ -101,11 +109,7 @@ def check_rows_and_labels(
         raise ValueError(f"{rows_name} must have {want} dimensions, {layout}, got shape {tuple(rows.shape)}")
     if rows.shape[-1] == 0 or vocab_size == 0:
         raise ValueError(f"{rows_name} must not have an empty last dimension, got shape {tuple(rows.shape)}")
-    if labels.shape != rows.shape[:-1]:
-        raise ValueError(
-            f"labels must have shape {tuple(rows.shape[:-1])}, one for each row of {rows_name}, "
-            f"got {tuple(labels.shape)}"
-        )
+    check_one_label_a_row(rows_name, rows, labels)
     check_same_device("labels", labels, rows_name, rows)
     if cu_seqlens is not None:
         _check_cu_seqlens(cu_seqlens, rows_name, rows)
@@ -114,6 +118,14 @@ def check_rows_and_labels(
         if bad.any():
             value = labels[bad][0].item()
             raise ValueError(f"labels must be {ignore_index} or in [0, {vocab_size}), got {value}")
+
+
+def check_one_label_a_row(rows_name: str, rows: Tensor, labels: Tensor) -> None:
+    if labels.shape != rows.shape[:-1]:
+        raise ValueError(
+            f"labels must have shape {tuple(rows.shape[:-1])}, one for each row of {rows_name}, "
+            f"got {tuple(labels.shape)}"
+        )
 
 
 def _check_cu_seqlens(cu_seqlens: Tensor, rows_name: str, rows: Tensor) -> None:
@@ -135,6 +147,17 @@ def check_no_overlap(name: str, value: Tensor) -> None:
     """Memory that several rows share cannot take a gradient for each."""
     if any(stride == 0 and size > 1 for size, stride in zip(value.shape, value.stride(), strict=True)):
         raise ValueError(f"inplace_backward must be False for {name} that were expanded, got strides {value.stride()}")
+
+
+def check_token_weights(token_weights: Any, labels: Tensor) -> None:
+    check_float_tensor("token_weights", token_weights)
+    if token_weights.shape != labels.shape:
+        raise ValueError(
+            f"token_weights must have labels' shape {tuple(labels.shape)}, got {tuple(token_weights.shape)}"
+        )
+    check_same_device("token_weights", token_weights, "labels", labels)
+    if token_weights.requires_grad:
+        raise ValueError("token_weights is a constant of the loss: pass token_weights.detach()")
 
 
 def check_vocab_shard(vocab_shard: Any, columns_name: str, num_columns: int) -> None:
@@ -160,18 +183,12 @@ def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
         check_same_device(name, tensor, "hidden", hidden)
 
 
-def check_linear_options(
-    logit_scale: Any, softcap: Any, max_extra_bytes: Any, plan: Any, accumulate_dtype: Any
-) -> None:
+def check_logit_options(logit_scale: Any, softcap: Any) -> None:
     check_number("logit_scale", logit_scale, -math.inf)
     if logit_scale == 0:
         raise ValueError("logit_scale must not be 0: every token would be as likely")
     if softcap is not None:
         check_number("softcap", softcap, 0.0, open_low=True)
-    check_number("max_extra_bytes", max_extra_bytes, 0)
-    check_choice("plan", plan, ("auto", "sweep", "keep", "recompute"))
-    if accumulate_dtype not in (torch.float32, torch.bfloat16):
-        raise ValueError(f"accumulate_dtype must be torch.float32 or torch.bfloat16, got {accumulate_dtype}")
 
 
 def check_online_reference(ref_hidden: Any, ref_weight: Any, ref_logps: Any, reference_free: bool) -> None:
@@ -223,6 +240,14 @@ def check_pair_vector(name: str, value: Any, num_pairs: int | None, device: torc
         _check_device(name, value, device)
     if value.requires_grad:
         raise ValueError(f"{name} is a constant of the loss: pass {name}.detach()")
+
+
+def check_pair_losses(pair_losses: Any) -> None:
+    check_tensor("pair_losses", pair_losses)
+    if pair_losses.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"pair_losses must be float32 or float64, got {pair_losses.dtype}")
+    if pair_losses.dim() != 1:
+        raise ValueError(f"pair_losses must have shape (B,), got {tuple(pair_losses.shape)}")
 
 
 def check_logps(policy_logps: Tensor, ref_logps: Tensor | None) -> None:

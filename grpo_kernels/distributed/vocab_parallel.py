@@ -19,10 +19,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from grpo_kernels.batch import Rows
 from grpo_kernels.kernels import linear
 from grpo_kernels.kernels.contract import KernelBackend
+from grpo_kernels.kernels.linear_plan import LinearPlan
+from grpo_kernels.kernels.once import differentiable_once
 from grpo_kernels.types import VocabShard
 
 OWN, ALL = slice(0, 2), slice(2, 4)  # the two parts of a shard's lse and those of the whole row's, side by side
@@ -93,31 +95,24 @@ class VocabParallelTokenLogps(torch.autograd.Function):
     """token_logps (...), the same on every rank, of a rank's columns of the logits (..., stop - start)."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        logits: Tensor,
-        labels: Tensor,
-        ignore_index: int,
-        inplace_backward: bool,
-        shard: VocabShard,
-        kernels: KernelBackend,
-    ) -> Tensor:
+    def forward(ctx: Any, logits: Tensor, rows: Rows, inplace_backward: bool, kernels: KernelBackend) -> Tensor:
+        shard, labels = shard_of(rows), rows.labels
         ctx.kernels = ShardKernels(kernels, shard)
-        label_logits, lse = ctx.kernels.token_logps_forward(logits, labels, ignore_index)
-        token_logps, lse = merge(label_logits, lse, labels, ignore_index, shard.process_group)
+        label_logits, lse = ctx.kernels.token_logps_forward(logits, labels, rows.ignore_index)
+        token_logps, lse = merge(label_logits, lse, labels, rows.ignore_index, shard.process_group)
         ctx.save_for_backward(logits, labels, lse)
-        ctx.ignore_index, ctx.inplace_backward = ignore_index, inplace_backward
+        ctx.ignore_index, ctx.inplace_backward = rows.ignore_index, inplace_backward
         return token_logps
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, dtoken_logps: Tensor) -> tuple[Tensor | None, ...]:
         logits, labels, lse = ctx.saved_tensors
         dlogits = logits if ctx.inplace_backward else logits.new_empty(logits.shape)
         ctx.kernels.token_logps_backward(dtoken_logps, logits, labels, lse, ctx.ignore_index, dlogits)
         if ctx.inplace_backward:
             torch.autograd.graph.increment_version(logits)
-        return dlogits, None, None, None, None, None
+        return dlogits, None, None, None
 
 
 class VocabParallelLinearTokenLogps(torch.autograd.Function):
@@ -133,40 +128,38 @@ class VocabParallelLinearTokenLogps(torch.autograd.Function):
         hidden: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        logit_scale: float,
-        softcap: float,
-        labels: Tensor,
-        ignore_index: int,
-        chunk_rows: int,
-        accumulate_dtype: torch.dtype,
-        shard: VocabShard,
+        of_logits: tuple[float, float],
+        rows: Rows,
+        plan: LinearPlan,
         kernels: KernelBackend,
     ) -> Tensor:
-        ctx.kernels, ctx.shard = ShardKernels(kernels, shard), shard
+        shard = shard_of(rows)
+        ctx.kernels, ctx.of_logits, ctx.rows, ctx.plan = ShardKernels(kernels, shard), of_logits, rows, plan
         whole_hidden = gather_positions(hidden, shard) if shard.sequence_parallel else hidden
-        head = linear.LinearHead(weight, bias, logit_scale, softcap)
-        label_logits, lse, _ = linear.linear_token_logps_forward(
-            ctx.kernels, whole_hidden, head, labels, ignore_index, chunk_rows
-        )
-        token_logps, lse = merge(label_logits, lse, labels, ignore_index, shard.process_group)
-        ctx.save_for_backward(whole_hidden, weight, bias, labels, lse)
-        ctx.of_logits, ctx.options = (logit_scale, softcap), (ignore_index, chunk_rows, accumulate_dtype)
+        head = linear.LinearHead(weight, bias, *of_logits)
+        label_logits, lse, kept = linear.linear_token_logps_forward(ctx.kernels, whole_hidden, head, rows, plan)
+        token_logps, lse = merge(label_logits, lse, rows.labels, rows.ignore_index, shard.process_group)
+        ctx.save_for_backward(whole_hidden, weight, bias, lse, kept)
         return token_logps
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, dtoken_logps: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias, labels, lse = ctx.saved_tensors
-        head = linear.LinearHead(weight, bias, *ctx.of_logits)
-        ignore_index, *options = ctx.options
+        hidden, weight, bias, lse, kept = ctx.saved_tensors
+        head, shard = linear.LinearHead(weight, bias, *ctx.of_logits), shard_of(ctx.rows)
         dhidden, dweight, dbias = linear.linear_token_logps_backward(
-            ctx.kernels, dtoken_logps, hidden, head, labels, lse, ignore_index, ctx.needs_input_grad[:3], *options
+            ctx.kernels, dtoken_logps, hidden, head, ctx.rows, lse, ctx.plan, kept
         )
-        if dhidden is not None and ctx.shard.sequence_parallel:
-            dhidden = scatter_positions(dhidden, ctx.shard)
+        if dhidden is not None and shard.sequence_parallel:
+            dhidden = scatter_positions(dhidden, shard)
         elif dhidden is not None:
-            dist.all_reduce(dhidden, group=ctx.shard.process_group)
-        return dhidden, dweight, dbias, *[None] * 8
+            dist.all_reduce(dhidden, group=shard.process_group)
+        return dhidden, dweight, dbias, *[None] * 4
+
+
+def shard_of(rows: Rows) -> VocabShard:
+    assert rows.vocab_shard is not None  # asked before these functions are called
+    return rows.vocab_shard
 
 
 def like_whole_hidden(hidden: Tensor, shard: VocabShard) -> Tensor:

@@ -2,24 +2,12 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
 from grpo_kernels.groups.weights import GroupWeights
+from grpo_kernels.kernels.linear_pairs import Forecast
 from grpo_kernels.segments import segment_sum
-
-
-class Forecast(NamedTuple):
-    """A pair of group g weighs exp(offset_g + rate_g * (the batch's sum of g's pair losses)); (K,) float64 each.
-
-    ``accumulators``: sums of dweight that a sweep of `grpo_kernels.kernels.linear_pairs` needs.
-    """
-
-    offsets: Tensor
-    rates: Tensor
-    accumulators: int
 
 
 def forecast_of(of_groups: GroupWeights, group_ids: Tensor) -> Forecast | None:

@@ -14,6 +14,7 @@ from grpo_kernels import validation
 from grpo_kernels.distributed import group_sync
 from grpo_kernels.groups.rules import ALPHA_RULES, moved_log_alpha
 from grpo_kernels.kernels import ops  # noqa: F401  (defines torch.ops.grpo_kernels)
+from grpo_kernels.kernels.group_robust import GroupState
 from grpo_kernels.types import ESTIMATORS, PRIORS, UPDATE_MODES
 
 if TYPE_CHECKING:
@@ -280,6 +281,25 @@ class GroupWeights(nn.Module):
         if several_ranks or scale != 1:
             group_loss_sums = batch_sums + scale * (group_loss_sums - own_sums)
         return group_loss_sums, batch_counts
+
+    def fused_state(self, update: str) -> GroupState:
+        """What a kernel that fuses the whole loss reads and moves in a forward that has ``update`` to do."""
+        several_ranks = update != "none" and self.num_ranks > 1
+        return GroupState(
+            self.log_alpha,
+            self.group_sizes,
+            self.pending_sums,
+            self.pending_counts,
+            self.skipped_updates,
+            self.estimator,
+            self.step_size,
+            self.adjustment,
+            self.floor,
+            self.chi,
+            "none" if update == "recomputed" else update,
+            group_sync.name_of(self.process_group) if several_ranks else "",
+            self.gradient_scale if several_ranks else 1.0,
+        )
 
     def check_total_pairs(self, total_pairs: Any) -> None:
         if total_pairs is None:

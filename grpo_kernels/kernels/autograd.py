@@ -6,10 +6,20 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from grpo_kernels.kernels import ops  # noqa: F401  (defines torch.ops.grpo_kernels)
-from grpo_kernels.pair_losses import PAIR_LOSSES, Beta
+from grpo_kernels.kernels.once import Gradients, differentiable_once
+from grpo_kernels.kernels.ops import HEAD, PAIRS, PLAN, ROWS
+
+
+def _save(ctx: Any, values: tuple[Any, ...]) -> None:
+    """Tensors where autograd watches over them, the rest beside."""
+    ctx.save_for_backward(*(value if isinstance(value, Tensor) else None for value in values))
+    ctx.others = tuple(None if isinstance(value, Tensor) else value for value in values)
+
+
+def _saved(ctx: Any) -> tuple[Any, ...]:
+    pairs = zip(ctx.saved_tensors, ctx.others, strict=True)
+    return tuple(other if tensor is None else tensor for tensor, other in pairs)
 
 
 class TokenLogps(torch.autograd.Function):
@@ -20,187 +30,110 @@ class TokenLogps(torch.autograd.Function):
         ctx: Any, logits: Tensor, labels: Tensor, ignore_index: int, inplace_backward: bool, backend: str
     ) -> Tensor:
         token_logps, lse = torch.ops.grpo_kernels.token_logps(logits, labels, ignore_index, backend)
-        ctx.save_for_backward(logits, labels, lse)
-        ctx.options = (ignore_index, backend)
+        _save(ctx, (logits, labels, lse, ignore_index, backend))
         ctx.inplace_backward = inplace_backward
         return token_logps
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dtoken_logps: Tensor) -> tuple[Tensor | None, ...]:
-        logits, labels, lse = ctx.saved_tensors
+    @differentiable_once
+    def backward(ctx: Any, dtoken_logps: Tensor) -> Gradients:
+        saved = _saved(ctx)
         if ctx.inplace_backward and not torch.compiler.is_compiling():
-            torch.ops.grpo_kernels.token_logps_backward_(dtoken_logps, logits, labels, lse, *ctx.options)
+            dlogits = saved[0]
+            torch.ops.grpo_kernels.token_logps_backward_(dtoken_logps, *saved)
             # The operator does not tell autograd. Without this, another reader of the logits, or a second backward,
             # would silently use gradients as if they were logits; now PyTorch raises.
-            torch.autograd.graph.increment_version(logits)
-            return logits, None, None, None, None
-        dlogits = torch.ops.grpo_kernels.token_logps_backward(dtoken_logps, logits, labels, lse, *ctx.options)
+            torch.autograd.graph.increment_version(dlogits)
+        else:
+            dlogits = torch.ops.grpo_kernels.token_logps_backward(dtoken_logps, *saved)
         return dlogits, None, None, None, None
 
 
 class LinearTokenLogps(torch.autograd.Function):
-    """token_logps (...) of hidden (..., D) and a head (weight, bias, logit_scale, softcap), by kernels/linear.py."""
+    """token_logps (...) of hidden (..., D) and a head, by kernels/linear.py; `flat` is HEAD, ROWS, PLAN, backend."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        logit_scale: float,
-        softcap: float,
-        labels: Tensor,
-        ignore_index: int,
-        chunk_rows: int,
-        accumulate_dtype: torch.dtype,
-        plan: str,
-        kept_rows: int,
-        backend: str,
-    ) -> Tensor:
-        head = (weight, bias, logit_scale, softcap)
-        token_logps, lse, kept = torch.ops.grpo_kernels.linear_token_logps(
-            hidden, *head, labels, ignore_index, chunk_rows, plan, kept_rows, backend
-        )
-        ctx.save_for_backward(hidden, weight, bias, labels, lse, kept)
-        ctx.options = (logit_scale, softcap), (ignore_index, chunk_rows, accumulate_dtype, plan), backend
+    def forward(ctx: Any, hidden: Tensor, *flat: Any) -> Tensor:
+        token_logps, lse, kept = torch.ops.grpo_kernels.linear_token_logps(hidden, *flat)
+        _save(ctx, (hidden, *flat[:-1], lse, kept, flat[-1]))
         return token_logps
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dtoken_logps: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias, labels, lse, kept = ctx.saved_tensors
-        of_logits, options, backend = ctx.options
-        needs_grad = ctx.needs_input_grad[:3]
-        grads = torch.ops.grpo_kernels.linear_token_logps_backward(
-            dtoken_logps, hidden, weight, bias, *of_logits, labels, lse, needs_grad, *options, kept, backend
-        )
-        found = (grad if need else None for grad, need in zip(grads, needs_grad, strict=True))
-        return (*found, *[None] * 9)
+    @differentiable_once
+    def backward(ctx: Any, dtoken_logps: Tensor) -> Gradients:
+        grads = torch.ops.grpo_kernels.linear_token_logps_backward(dtoken_logps, *_saved(ctx))
+        return _of_inputs(ctx, grads)
 
 
 class LinearPairLogps(torch.autograd.Function):
-    """Sequence log-probabilities (2B,) from hidden states, by the sweep of kernels/linear_pairs.py."""
+    """Sequence log-probabilities (2B,) from hidden states, by the sweep of kernels/linear_pairs.py.
+
+    `flat` is HEAD, ROWS, PLAN, PAIRS, FORECAST, backend.
+    """
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        logit_scale: float,
-        softcap: float,
-        labels: Tensor,
-        cu_seqlens: Tensor | None,
-        group_ids: Tensor,
-        ref_logps: Tensor | None,
-        margin: Tensor | None,
-        weights: Tensor | None,
-        beta: Beta,
-        loss_type: str,
-        label_smoothing: float,
-        offsets: Tensor,
-        rates: Tensor,
-        ignore_index: int,
-        average: bool,
-        chunk_rows: int,
-        accumulate_dtype: torch.dtype,
-        needs_grad: tuple[bool, bool, bool],
-        backend: str,
-    ) -> Tensor:
-        options = (ignore_index, average, chunk_rows, accumulate_dtype, needs_grad, backend)
-        betas = beta if isinstance(beta, Tensor) else None
-        logps, *swept = torch.ops.grpo_kernels.linear_pair_logps(
-            hidden,
-            weight,
-            bias,
-            logit_scale,
-            softcap,
-            labels,
-            cu_seqlens,
-            group_ids,
-            ref_logps,
-            margin,
-            weights,
-            betas,
-            0.0 if isinstance(beta, Tensor) else float(beta),
-            loss_type,
-            label_smoothing,
-            offsets,
-            rates,
-            *options,
-        )
-        ctx.save_for_backward(hidden, weight, bias, labels, cu_seqlens, *swept)
-        ctx.of_logits, ctx.options, ctx.needs_grad = (logit_scale, softcap), options, needs_grad
+    def forward(ctx: Any, hidden: Tensor, *flat: Any) -> Tensor:
+        logps, *swept = torch.ops.grpo_kernels.linear_pair_logps(hidden, *flat)
+        _save(ctx, (hidden, *flat[: HEAD.size + ROWS.size + PLAN.size], *swept, flat[-1]))
         return logps
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dlogps: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias, labels, cu_seqlens, *swept = ctx.saved_tensors
-        grads = torch.ops.grpo_kernels.linear_pair_logps_backward(
-            dlogps, hidden, weight, bias, *ctx.of_logits, labels, cu_seqlens, *swept, *ctx.options
-        )
-        found = (grad if need else None for grad, need in zip(grads, ctx.needs_grad, strict=True))
-        return (*found, *[None] * 19)
+    @differentiable_once
+    def backward(ctx: Any, dlogps: Tensor) -> Gradients:
+        return _of_inputs(ctx, torch.ops.grpo_kernels.linear_pair_logps_backward(dlogps, *_saved(ctx)))
+
+
+def _of_inputs(ctx: Any, grads: tuple[Tensor, ...]) -> Gradients:
+    """Gradients of hidden, weight and bias, the first inputs; an empty tensor stands for one that nobody asked for."""
+    needs_grad = ctx.needs_input_grad
+    found = [grad if need else None for grad, need in zip(grads, needs_grad[:3], strict=True)]
+    return (*found, *[None] * (len(needs_grad) - 3))
 
 
 class FusedGroupRobustLoss(torch.autograd.Function):
-    """(loss, sequences, pairs, groups, counts): the tables of kernels/group_robust.py, from logits in one operator."""
+    """(loss, sequences, pairs, groups, counts): the tables of kernels/group_robust.py, from logits in one operator.
+
+    `flat` is ROWS, PAIRS, GROUPS.
+    """
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        inplace_backward: bool,
-        backend: str,
-        ignore_index: int,
-        logits: Tensor,
-        labels: Tensor,
-        cu_seqlens: Tensor | None,
-        ref_logps: Tensor | None,
-        group_ids: Tensor,
-        *arguments: Any,
-    ) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, inplace_backward: bool, backend: str, logits: Tensor, *flat: Any) -> tuple[Tensor, ...]:
         loss, sequences, pairs, groups, counts, lse, row_sequence = torch.ops.grpo_kernels.group_robust_loss(
-            logits, labels, cu_seqlens, ref_logps, group_ids, *arguments
+            logits, *flat, backend
         )
-        ctx.save_for_backward(logits, labels, lse, row_sequence, sequences, pairs, group_ids)
-        ctx.options = (ignore_index, cu_seqlens is not None, backend)
+        rows = ROWS.unpack(flat[: ROWS.size])
+        group_ids = PAIRS.unpack(flat[ROWS.size : ROWS.size + PAIRS.size]).group_ids
+        of_tables = (lse, row_sequence, sequences, pairs, group_ids, rows.labels, rows.ignore_index, backend)
+        _save(ctx, (logits, *of_tables))
         ctx.inplace_backward = inplace_backward
-        ctx.num_inputs = 8 + len(arguments)
         ctx.mark_non_differentiable(counts)
         ctx.set_materialize_grads(False)
         return loss, sequences, pairs, groups, counts
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
-        logits, *saved = ctx.saved_tensors
-        arguments = (*upstream[:4], logits, *saved, *ctx.options)
+    @differentiable_once
+    def backward(ctx: Any, *upstream: Tensor | None) -> Gradients:
+        saved = _saved(ctx)
         if ctx.inplace_backward and not torch.compiler.is_compiling():
-            torch.ops.grpo_kernels.group_robust_loss_backward_(*arguments)
-            torch.autograd.graph.increment_version(logits)  # as in TokenLogps
-            dlogits = logits
+            dlogits = saved[0]
+            torch.ops.grpo_kernels.group_robust_loss_backward_(*upstream[:4], *saved)
+            torch.autograd.graph.increment_version(dlogits)  # as in TokenLogps
         else:
-            dlogits = torch.ops.grpo_kernels.group_robust_loss_backward(*arguments)
-        return (None, None, None, dlogits, *([None] * (ctx.num_inputs - 4)))
+            dlogits = torch.ops.grpo_kernels.group_robust_loss_backward(*upstream[:4], *saved)
+        return (None, None, dlogits, *([None] * (len(ctx.needs_input_grad) - 3)))
 
 
-class PairLossFunction(torch.autograd.Function):
-    """l(h) (B,) with the derivative from the table of pair losses."""
-
-    @staticmethod
-    def forward(ctx: Any, h: Tensor, beta: Beta, loss_type: str, label_smoothing: float) -> Tensor:
-        tensors = (h, beta) if isinstance(beta, Tensor) else (h,)
-        ctx.save_for_backward(*tensors)
-        ctx.beta = None if isinstance(beta, Tensor) else beta
-        ctx.options = (loss_type, label_smoothing)
-        return PAIR_LOSSES[loss_type].value(h, beta, label_smoothing)
+class PairLosses(torch.autograd.Function):
+    """Losses (B,) of log-probabilities (2B,), with the slopes of the table of pair losses; `flat` is PAIRS."""
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
-        h, *rest = ctx.saved_tensors
-        beta = rest[0] if rest else ctx.beta
-        loss_type, label_smoothing = ctx.options
-        return dloss * PAIR_LOSSES[loss_type].derivative(h, beta, label_smoothing), None, None, None
+    def forward(ctx: Any, logps: Tensor, *flat: Any) -> Tensor:
+        losses, slopes = PAIRS.unpack(flat).losses_and_slopes(logps)
+        ctx.save_for_backward(slopes)
+        return losses
+
+    @staticmethod
+    @differentiable_once
+    def backward(ctx: Any, dloss: Tensor) -> Gradients:
+        (slopes,) = ctx.saved_tensors
+        return ((dloss * slopes).reshape(-1), *[None] * (len(ctx.needs_input_grad) - 1))

@@ -7,11 +7,13 @@ outside [0, V) reads nothing out of bounds: its token_logps, lse and gradient ar
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from collections.abc import Callable
+from typing import Protocol
 
 from torch import Tensor
 
-from grpo_kernels.kernels.group_robust import GroupRobustTables
+from grpo_kernels.batch import Pairs, Rows
+from grpo_kernels.kernels.group_robust import GroupRobustTables, GroupState
 
 
 class KernelBackend(Protocol):
@@ -36,24 +38,14 @@ class FusedKernelBackend(Protocol):
     def group_robust_forward(
         self,
         logits: Tensor,
-        labels: Tensor,
-        cu_seqlens: Tensor | None,
-        ref_logps: Tensor | None,
-        group_ids: Tensor,
-        beta: float | Tensor,
-        margin: Tensor | None,
-        weights: Tensor | None,
-        log_alpha: Tensor,
-        group_sizes: Tensor | None,
-        pending_sums: Tensor,
-        pending_counts: Tensor,
-        skipped_updates: Tensor,
-        **options: Any,
+        rows: Rows,
+        pairs: Pairs,
+        groups: GroupState,
+        whole_batch: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
     ) -> GroupRobustTables:
-        """The options are GroupRobustLoss's and GroupWeights', by name; ``update`` is "inline", "lagged" or "none".
+        """Everything after the logits. Rows have no token weights, pairs a loss whose entry says ``fused``.
 
-        ``whole_batch(sums, counts)``, where given, makes those of all ranks from the rank's own; gradients are then
-        multiplied by ``gradient_scale``.
+        ``whole_batch(sums, counts)``, where given, makes those of all ranks from the rank's own.
         """
         ...
 

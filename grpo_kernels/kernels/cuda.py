@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grpo_kernels.kernels.group_robust import SUMS, GroupRobustTables
+from grpo_kernels.batch import Pairs, Rows
+from grpo_kernels.kernels.group_robust import SUMS, GroupRobustTables, GroupState
 from grpo_kernels.kernels.rows import accumulation_dtype
 
 try:
@@ -101,67 +102,38 @@ def token_logps_backward(
 
 def group_robust_forward(
     logits: Tensor,
-    labels: Tensor,
-    cu_seqlens: Tensor | None,
-    ref_logps: Tensor | None,
-    group_ids: Tensor,
-    beta: float | Tensor,
-    margin: Tensor | None,
-    weights: Tensor | None,
-    log_alpha: Tensor,
-    group_sizes: Tensor | None,
-    pending_sums: Tensor,
-    pending_counts: Tensor,
-    skipped_updates: Tensor,
-    *,
-    loss_type: str,
-    label_smoothing: float,
-    average: bool,
-    ignore_index: int,
-    estimator: str,
-    step_size: float,
-    adjustment: float,
-    floor: float,
-    chi: float,
-    update: str,
-    gradient_scale: float = 1.0,
+    rows: Rows,
+    pairs: Pairs,
+    groups: GroupState,
     whole_batch: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
     splits: int | None = None,
 ) -> GroupRobustTables:
-    """Everything after the logits, as in contract.py. ``splits``: blocks a row, by the rule above where None."""
-    num_sequences = labels.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    num_rows, num_pairs, num_groups = labels.numel(), num_sequences // 2, log_alpha.shape[0]
+    """As in contract.py. ``splits``: blocks a row, by the rule above where None."""
+    num_sequences, num_rows, num_groups = rows.num_sequences, rows.labels.numel(), groups.log_alpha.shape[0]
     device, acc = logits.device, accumulation_dtype(logits)
     splits = splits or row_splits(logits, num_rows)
-
-    def table(*shape: int, dtype: torch.dtype = acc) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device=device)
-
-    tables = GroupRobustTables(
-        loss=table(),
-        sequences=table(4, num_sequences),
-        pairs=table(3, num_pairs),
-        groups=table(5, num_groups, dtype=torch.float64),
-        counts=table(num_groups, dtype=torch.int64),
-        lse=table(*labels.shape, 2),
-        row_sequence=table(0 if cu_seqlens is None else num_rows, dtype=torch.int32),
-    )
-    token_logps = table(num_rows)
+    tables = GroupRobustTables.empty(logits, rows, num_groups)
+    token_logps = torch.empty(num_rows, dtype=acc, device=device)
     partial = _partial(tables.lse, num_rows, splits)
     # Zeros in their own right: sequences without rows have no block that writes theirs.
     logps = torch.zeros(2, num_sequences, dtype=torch.float64, device=device)
     tickets = torch.zeros(num_sequences + 1, dtype=torch.int32, device=device)
-    betas, beta = (beta, 0.0) if isinstance(beta, Tensor) else (None, beta)
+    betas, beta = (pairs.beta, 0.0) if isinstance(pairs.beta, Tensor) else (None, pairs.beta)
+    assert pairs.group_ids is not None  # a loss with groups has made them
     # Copies, where one is needed, must live until the last launch below.
-    labels, ids = labels.contiguous(), group_ids.contiguous()
-    ends = None if cu_seqlens is None else cu_seqlens.contiguous()
-    given = [_as_reals(x) for x in (ref_logps, betas, margin, weights)]
+    labels, ids = rows.labels.contiguous(), pairs.group_ids.contiguous()
+    ends = None if rows.cu_seqlens is None else rows.cu_seqlens.contiguous()
+    given = [_as_reals(x) for x in (pairs.ref_logps, betas, pairs.margin, pairs.weights)]
     in_tables = (tables.row_sequence, tickets, logps, *tables[1:3], tables.groups, tables.counts, tables.loss)
-    state = (log_alpha, group_sizes, pending_sums, pending_counts, skipped_updates)
+    state = (
+        *(groups.log_alpha, groups.group_sizes),
+        *(groups.pending_sums, groups.pending_counts, groups.skipped_updates),
+    )
+    of_alpha = (groups.step_size, groups.adjustment, groups.floor, groups.chi)
     arguments = (
         _place(logits),
         _dtype(logits),
-        _sizes(logits, labels, splits, ignore_index),
+        _sizes(logits, labels, splits, rows.ignore_index),
         _matrix(logits),
         _vector(labels),
         (token_logps.data_ptr(), tables.lse.data_ptr(), partial.data_ptr()),
@@ -171,9 +143,9 @@ def group_robust_forward(
         _vector(ids),
         [_vector(x) for x in given],
         tuple(_vector(x)[0] for x in state),
-        (beta, label_smoothing, step_size, adjustment, floor, chi, gradient_scale),
-        (loss_type, estimator, update),
-        average,
+        (beta, pairs.label_smoothing, *of_alpha, groups.gradient_scale),
+        (pairs.loss_type, groups.estimator, groups.update),
+        rows.average,
     )
     fits, alone = num_groups <= FUSED_GROUPS, whole_batch is None
     # Stages: rows, pairs, alpha.

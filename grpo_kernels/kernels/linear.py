@@ -13,14 +13,18 @@ Finding the counted tokens reads the labels back: on a GPU it synchronises.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
+from grpo_kernels.batch import Rows
 from grpo_kernels.kernels.contract import KernelBackend
-from grpo_kernels.kernels.rows import Rows, accumulation_dtype, blocks, counted_chunks, take
+from grpo_kernels.kernels.rows import RowIndex, accumulation_dtype, blocks, counted_chunks, new_token_outputs, take
+
+if TYPE_CHECKING:
+    from grpo_kernels.kernels.linear_plan import LinearPlan
 
 
 class LinearHead(NamedTuple):
@@ -30,6 +34,10 @@ class LinearHead(NamedTuple):
     bias: Tensor | None
     logit_scale: float = 1.0
     softcap: float = 0.0
+
+    @property
+    def num_columns(self) -> int:
+        return self.weight.shape[0]
 
     def to(self, dtype: torch.dtype) -> LinearHead:
         bias = None if self.bias is None else self.bias.to(dtype)
@@ -62,44 +70,36 @@ class LinearHead(NamedTuple):
         return logits
 
 
-def kept_shape(plan: str, hidden: Tensor, weight: Tensor, kept_rows: int) -> tuple[int, ...]:
-    if plan == "frozen":
+def kept_shape(plan: LinearPlan, hidden: Tensor, weight: Tensor) -> tuple[int, ...]:
+    if plan.name == "frozen":
         return tuple(hidden.shape)
-    return (kept_rows, weight.shape[0]) if plan == "keep" else (0, 0)
+    return (plan.kept_rows, weight.shape[0]) if plan.name == "keep" else (0, 0)
 
 
 def linear_token_logps_forward(
-    kernels: KernelBackend,
-    hidden: Tensor,
-    head: LinearHead,
-    labels: Tensor,
-    ignore_index: int,
-    chunk_rows: int,
-    plan: str = "none",
-    kept_rows: int = 0,
+    kernels: KernelBackend, hidden: Tensor, head: LinearHead, rows: Rows, plan: LinearPlan
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(token_logps, lse) as `KernelBackend.token_logps_forward` has them, of the logits that are never held whole.
 
     The third result is what the plan keeps, of `kept_shape`.
     """
     head = head.to(hidden.dtype)
-    token_logps = torch.zeros(labels.shape, dtype=accumulation_dtype(hidden), device=hidden.device)
-    lse = torch.zeros(*labels.shape, 2, dtype=token_logps.dtype, device=hidden.device)
-    kept = hidden.new_empty(kept_shape(plan, hidden, head.weight, kept_rows))
-    states = kept.zero_() if plan == "frozen" else None
-    buffer = hidden.new_empty(chunk_rows if kept_rows < labels.numel() else 0, head.weight.shape[0])
-    for begin, rows, (block, block_labels, block_logps, block_lse, block_states) in _chunks(
-        ignore_index, chunk_rows, hidden, labels, token_logps, lse, states
+    token_logps, lse = (x.zero_() for x in new_token_outputs(hidden, rows.labels))
+    kept = hidden.new_empty(kept_shape(plan, hidden, head.weight))
+    states = kept.zero_() if plan.name == "frozen" else None
+    buffer = _chunk_buffer(hidden, head, rows, plan)
+    for begin, chunk, (block, block_labels, block_logps, block_lse, block_states) in _chunks(
+        rows.ignore_index, plan.chunk_rows, hidden, rows.labels, token_logps, lse, states
     ):
-        chunk_labels = block_labels[rows]
+        chunk_labels = block_labels[chunk]
         end = begin + chunk_labels.shape[0]
-        keeps = plan == "keep" and end <= kept_rows
-        logits = head.logits(take(block, rows), kept[begin:end] if keeps else buffer)
-        block_logps[rows], block_lse[rows] = kernels.token_logps_forward(logits, chunk_labels, ignore_index)
+        keeps = plan.name == "keep" and end <= plan.kept_rows
+        logits = head.logits(take(block, chunk), kept[begin:end] if keeps else buffer)
+        block_logps[chunk], block_lse[chunk] = kernels.token_logps_forward(logits, chunk_labels, rows.ignore_index)
         if keeps or block_states is not None:
-            head.to_unit_gradient(kernels, logits, chunk_labels, block_lse[rows], ignore_index)
+            head.to_unit_gradient(kernels, logits, chunk_labels, block_lse[chunk], rows.ignore_index)
         if block_states is not None:
-            block_states[rows] = logits @ head.weight
+            block_states[chunk] = logits @ head.weight
     return token_logps, lse, kept
 
 
@@ -108,37 +108,34 @@ def linear_token_logps_backward(
     dtoken_logps: Tensor,
     hidden: Tensor,
     head: LinearHead,
-    labels: Tensor,
+    rows: Rows,
     lse: Tensor,
-    ignore_index: int,
-    needs_grad: Sequence[bool],
-    chunk_rows: int,
-    accumulate_dtype: torch.dtype,
-    plan: str = "recompute",
-    kept: Tensor | None = None,
+    plan: LinearPlan,
+    kept: Tensor,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """(dhidden, dweight, dbias), None where ``needs_grad`` says that nobody asks for it."""
-    if plan == "frozen":
-        assert kept is not None
-        d = dtoken_logps.masked_fill(labels == ignore_index, 0)  # which NaN would not be
+    """(dhidden, dweight, dbias), contiguous; None where ``plan.needs_grad`` says that nobody asks for it.
+
+    ``kept`` is what the forward's third result was; it has no rows where the plan keeps nothing.
+    """
+    if plan.name == "frozen":
+        d = dtoken_logps.masked_fill(~rows.counted, 0)  # which NaN would not be
         return (kept * d.unsqueeze(-1)).to(hidden.dtype), None, None
     weight_dtype, head = head.weight.dtype, head.to(hidden.dtype)
-    kept_rows = kept.shape[0] if plan == "keep" and kept is not None else 0
-    dhidden = torch.zeros_like(hidden) if needs_grad[0] else None
-    dweight, dbias = gradient_sums(head, needs_grad, accumulate_dtype)
-    buffer = hidden.new_empty(chunk_rows if kept_rows < labels.numel() else 0, head.weight.shape[0])
-    for begin, rows, (block, block_labels, block_dlogps, block_lse, block_dhidden) in _chunks(
-        ignore_index, chunk_rows, hidden, labels, dtoken_logps, lse, dhidden
+    dhidden = hidden.new_zeros(hidden.shape) if plan.needs_grad[0] else None
+    dweight, dbias = gradient_sums(hidden, head.weight, plan)
+    buffer = _chunk_buffer(hidden, head, rows, plan)
+    for begin, chunk, (block, block_labels, block_dlogps, block_lse, block_dhidden) in _chunks(
+        rows.ignore_index, plan.chunk_rows, hidden, rows.labels, dtoken_logps, lse, dhidden
     ):
-        chunk_hidden, chunk_labels, d = take(block, rows), block_labels[rows], block_dlogps[rows].unsqueeze(1)
+        chunk_hidden, chunk_labels, d = take(block, chunk), block_labels[chunk], block_dlogps[chunk].unsqueeze(1)
         end = begin + chunk_labels.shape[0]
-        if kept is not None and end <= kept_rows:
+        if end <= plan.kept_rows:
             unit = kept[begin:end]
         else:
             unit = head.logits(chunk_hidden, buffer)
-            head.to_unit_gradient(kernels, unit, chunk_labels, block_lse[rows], ignore_index)
+            head.to_unit_gradient(kernels, unit, chunk_labels, block_lse[chunk], rows.ignore_index)
         if block_dhidden is not None:
-            block_dhidden[rows] = ((unit @ head.weight) * d).to(hidden.dtype)
+            block_dhidden[chunk] = ((unit @ head.weight) * d).to(hidden.dtype)
         add_products(dweight, dbias, unit, chunk_hidden, d)
     return (
         dhidden,
@@ -147,14 +144,16 @@ def linear_token_logps_backward(
     )
 
 
-def gradient_sums(
-    head: LinearHead, needs_grad: Sequence[bool], accumulate_dtype: torch.dtype
-) -> tuple[Tensor | None, Tensor | None]:
+def _chunk_buffer(hidden: Tensor, head: LinearHead, rows: Rows, plan: LinearPlan) -> Tensor:
+    """(chunk_rows, V) for the logits of a chunk; no rows where all that counts is kept."""
+    return hidden.new_empty(plan.chunk_rows if plan.kept_rows < rows.labels.numel() else 0, head.weight.shape[0])
+
+
+def gradient_sums(hidden: Tensor, weight: Tensor, plan: LinearPlan) -> tuple[Tensor | None, Tensor | None]:
     """Zeros for dweight and dbias. In bfloat16 their error would grow with the number of chunks."""
-    weight = head.weight
-    dtype = torch.float64 if weight.dtype == torch.float64 else accumulate_dtype
-    dweight = torch.zeros(weight.shape, dtype=dtype, device=weight.device) if needs_grad[1] else None
-    dbias = torch.zeros(weight.shape[:1], dtype=dtype, device=weight.device) if needs_grad[2] else None
+    dtype = torch.float64 if hidden.dtype == torch.float64 else plan.accumulate_dtype
+    dweight = hidden.new_zeros(weight.shape, dtype=dtype) if plan.needs_grad[1] else None
+    dbias = hidden.new_zeros(weight.shape[:1], dtype=dtype) if plan.needs_grad[2] else None
     return dweight, dbias
 
 
@@ -175,7 +174,7 @@ def add_products(dweight: Tensor | None, dbias: Tensor | None, unit: Tensor, chu
 
 def _chunks(
     ignore_index: int, rows_at_most: int, rows: Tensor, labels: Tensor, *others: Tensor | None
-) -> Iterator[tuple[int, Rows, tuple]]:
+) -> Iterator[tuple[int, RowIndex, tuple]]:
     """(counted tokens before it, its rows, the block and its companions) for each chunk, always in this order."""
     begin = 0
     for block, block_labels, *companions in blocks(rows, labels, *others):

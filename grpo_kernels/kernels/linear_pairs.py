@@ -3,10 +3,10 @@
     dweight = sum_s dlogp_s A_s       A_s = G_s^T hidden_s over the tokens of sequence s       dlogp_s = c a_s
 
 c, one number, is known only in the backward. The forecast a_s is known as soon as the losses of its pair's group are:
-a = +-u_g l'(h), log u_g = offset_g + rate_g * (the group's sum of pair losses), for alpha moved by exponentiated
-gradient; with rates of 0 at once. So chunks hold whole pairs, and where rates are not 0 whole groups: a chunk then adds
-sum_s a_s A_s to dweight's sum before the next one overwrites its logits. A group larger than a chunk has chunks, and a
-sum, of its own until its last pair. G weight is kept for dhidden.
+a = u_g times the slope of the pair's loss, log u_g = offset_g + rate_g * (the group's sum of pair losses), for alpha
+moved by exponentiated gradient; with rates of 0 at once. So chunks hold whole pairs, and where rates are not 0 whole
+groups: a chunk then adds sum_s a_s A_s to dweight's sum before the next one overwrites its logits. A group larger than a
+chunk has chunks, and a sum, of its own until its last pair. G weight is kept for dhidden.
 
 The backward measures c and does not trust the forecast: where dlogp_s - c a_s is more than rounding (a gradient of the
 log-probabilities from elsewhere), or where a pair was longer than a chunk, it computes those sequences again. So the
@@ -17,16 +17,18 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from grpo_kernels.batch import Pairs, Rows
 from grpo_kernels.kernels.contract import KernelBackend
 from grpo_kernels.kernels.linear import LinearHead, add_products, gradient_sums, linear_token_logps_backward
-from grpo_kernels.kernels.rows import accumulation_dtype
-from grpo_kernels.pair_losses import PAIR_LOSSES
-from grpo_kernels.segments import packed_sequence_ids, segment_sum
+from grpo_kernels.kernels.linear_plan import LinearPlan
+from grpo_kernels.kernels.rows import new_token_outputs
+from grpo_kernels.segments import segment_sum
 
 # Of the largest |dlogp|: what c times the forecast leaves is rounding below it.
 ROUNDINGS = 32
@@ -34,31 +36,16 @@ ROUNDINGS = 32
 MAX_EXPONENT = 60.0
 
 
-class PairTerms(NamedTuple):
-    """What a pair's loss takes besides its log-probabilities, and the forecast's offsets and rates (K,) float64."""
+class Forecast(NamedTuple):
+    """A pair of group g weighs exp(offset_g + rate_g * (the batch's sum of g's pair losses)), up to a factor that all
+    pairs share; groups/forecast.py makes it.
 
-    group_ids: Tensor
-    ref_logps: Tensor | None
-    margin: Tensor | None
-    weights: Tensor | None
-    beta: float | Tensor
-    loss_type: str
-    label_smoothing: float
-    offsets: Tensor
-    rates: Tensor
+    ``accumulators``: sums of dweight that the sweep needs.
+    """
 
-    def losses_and_slopes(self, logps: Tensor, pairs: Tensor) -> tuple[Tensor, Tensor]:
-        """(n,) float64 of some pairs, rounded before as functional.preference_losses and its gradient round."""
-        ratios = logps if self.ref_logps is None else logps - self.ref_logps
-        h = ratios[pairs] - ratios[pairs + logps.shape[0] // 2]
-        if self.margin is not None:
-            h = h - self.margin[pairs]
-        beta = self.beta[pairs] if isinstance(self.beta, Tensor) else self.beta
-        kind = PAIR_LOSSES[self.loss_type]
-        losses, slopes = kind.value(h, beta, self.label_smoothing), kind.derivative(h, beta, self.label_smoothing)
-        if self.weights is not None:
-            losses, slopes = losses * self.weights[pairs], slopes * self.weights[pairs]
-        return losses.double(), slopes.double()
+    offsets: Tensor  # (K,) float64
+    rates: Tensor  # (K,) float64
+    accumulators: int
 
 
 class Swept(NamedTuple):
@@ -71,6 +58,20 @@ class Swept(NamedTuple):
     dbias: Tensor  # (V,)
     forecast: Tensor  # (2B,) float64: a
     is_swept: Tensor  # (2B,) bool: False for pairs longer than a chunk
+
+    @classmethod
+    def zeros(cls, hidden: Tensor, weight: Tensor, rows: Rows, plan: LinearPlan) -> Swept:
+        token_logps, lse = new_token_outputs(hidden, rows.labels.reshape(-1))
+        dweight, dbias = gradient_sums(hidden, weight, plan)
+        return cls(
+            token_logps.new_zeros(rows.num_sequences),
+            lse.zero_(),
+            hidden.new_zeros(rows.labels.numel() if plan.needs_grad[0] else 0, hidden.shape[-1]),
+            hidden.new_zeros(0, 0) if dweight is None else dweight,
+            hidden.new_zeros(0) if dbias is None else dbias,
+            hidden.new_zeros(rows.num_sequences, dtype=torch.float64),
+            hidden.new_zeros(rows.num_sequences, dtype=torch.bool),
+        )
 
 
 class Chunk(NamedTuple):
@@ -122,103 +123,132 @@ def sweep_forward(
     kernels: KernelBackend,
     hidden: Tensor,
     head: LinearHead,
-    labels: Tensor,
-    cu_seqlens: Tensor | None,
-    terms: PairTerms,
-    ignore_index: int,
-    average: bool,
-    chunk_rows: int,
-    needs_grad: Sequence[bool],
-    accumulate_dtype: torch.dtype,
+    rows: Rows,
+    pairs: Pairs,
+    forecast: Forecast,
+    plan: LinearPlan,
 ) -> Swept:
-    head, device, dtype = head.to(hidden.dtype), hidden.device, accumulation_dtype(hidden)
-    rows, row_labels = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
-    row_sequence, num_sequences = sequence_of_rows(labels, cu_seqlens)
-    num_pairs = num_sequences // 2
-    counted = (row_labels != ignore_index).nonzero().squeeze(1)
-    counts = segment_sum(torch.ones_like(counted, dtype=dtype), row_sequence[counted], num_sequences)
-    # The batch's groups, numbered anew; an id outside [0, K) reads nothing out of bounds (its loss will be NaN).
-    present, groups = terms.group_ids.clamp(0, terms.offsets.shape[0] - 1).long().unique(return_inverse=True)
-    offsets, rates = terms.offsets[present], terms.rates[present]
+    return _Sweep(kernels, hidden, head, rows, pairs, forecast, plan).run()
 
-    ends = counts.long().cumsum(0).tolist()
-    starts = [0, *ends[:-1]]
-    lengths = [ends[p] - starts[p] + ends[p + num_pairs] - starts[p + num_pairs] for p in range(num_pairs)]
-    too_long, chunks = chunks_of_pairs(groups.tolist(), lengths, chunk_rows, moving=bool(rates.any()))
 
-    token_logps = torch.zeros(row_labels.shape, dtype=dtype, device=device)
-    lse = torch.zeros(*row_labels.shape, 2, dtype=dtype, device=device)
-    states = torch.zeros_like(rows) if needs_grad[0] else rows.new_empty(0, rows.shape[1])
-    total = gradient_sums(head, needs_grad, accumulate_dtype)
-    opened = gradient_sums(head, needs_grad, accumulate_dtype) if any(chunk.is_open for chunk in chunks) else total
-    sums = torch.zeros(num_sequences, dtype=torch.float64, device=device)
-    slopes = torch.zeros(num_pairs, dtype=torch.float64, device=device)
-    group_sums = torch.zeros(present.shape, dtype=torch.float64, device=device)
-    is_swept = torch.zeros(num_sequences, dtype=torch.bool, device=device)
-    sizes = [sum(lengths[pair] for pair in chunk.pairs) for chunk in chunks]
-    buffer = rows.new_empty(max([*sizes, chunk_rows if too_long else 0]), head.weight.shape[0])
+class _Sweep:
+    """The tensors that one sweep fills, chunk by chunk."""
 
-    def rows_of(pairs: list[int]) -> Tensor:
-        sequences = [s for pair in pairs for s in (pair, pair + num_pairs)]
-        return torch.cat([counted[starts[s] : ends[s]] for s in sequences])
+    def __init__(
+        self,
+        kernels: KernelBackend,
+        hidden: Tensor,
+        head: LinearHead,
+        rows: Rows,
+        pairs: Pairs,
+        forecast: Forecast,
+        plan: LinearPlan,
+    ) -> None:
+        assert pairs.group_ids is not None  # a loss with groups has made them
+        device, num_sequences = hidden.device, rows.num_sequences
+        self.kernels, self.rows, self.pairs, self.plan = kernels, rows, pairs, plan
+        self.head = head.to(hidden.dtype)
+        self.hidden, self.labels = hidden.reshape(-1, hidden.shape[-1]), rows.labels.reshape(-1)
+        self.sequence, self.num_pairs = rows.sequence_ids(), num_sequences // 2
+        self.token_slopes = rows.token_slopes()
+        self.token_weights = None if rows.token_weights is None else rows.token_weights.reshape(-1)
+        # The batch's groups, numbered anew; an id outside [0, K) reads nothing out of bounds (its loss will be NaN).
+        ids = pairs.group_ids.clamp(0, forecast.offsets.shape[0] - 1).long()
+        present, self.groups = ids.unique(return_inverse=True)
+        self.offsets, self.rates = forecast.offsets[present], forecast.rates[present]
 
-    def logits_of(chunk: Tensor) -> Tensor:
-        logits = head.logits(rows[chunk], buffer)
-        token_logps[chunk], lse[chunk] = kernels.token_logps_forward(logits, row_labels[chunk], ignore_index)
-        sums.add_(segment_sum(token_logps[chunk], row_sequence[chunk], num_sequences))
+        self.counted = rows.counted.reshape(-1).nonzero().squeeze(1)
+        self.counts = segment_sum(torch.ones_like(self.counted), self.sequence[self.counted], num_sequences)
+        self.ends = self.counts.long().cumsum(0).tolist()
+        self.starts = [0, *self.ends[:-1]]
+        self.swept = Swept.zeros(hidden, self.head.weight, rows, plan)
+        self.sums = torch.zeros(num_sequences, dtype=torch.float64, device=device)
+        self.slopes = torch.zeros(2, self.num_pairs, dtype=torch.float64, device=device)
+        self.group_sums = torch.zeros(present.shape, dtype=torch.float64, device=device)
+        self.highest: Tensor | None = None  # log of the largest weight that a group is thought to get
+        self.pairs_seen = 0
+
+    def run(self) -> Swept:
+        lengths = [
+            sum(self.ends[s] - self.starts[s] for s in (pair, pair + self.num_pairs)) for pair in range(self.num_pairs)
+        ]
+        too_long, chunks = chunks_of_pairs(
+            self.groups.tolist(), lengths, self.plan.chunk_rows, moving=bool(self.rates.any())
+        )
+        swept, needs_grad = self.swept, self.plan.needs_grad
+        total = (swept.dweight if needs_grad[1] else None, swept.dbias if needs_grad[2] else None)
+        any_open = any(chunk.is_open for chunk in chunks)
+        opened = gradient_sums(self.hidden, self.head.weight, self.plan) if any_open else total
+        sizes = [sum(lengths[pair] for pair in chunk.pairs) for chunk in chunks]
+        buffer = self.hidden.new_empty(max([*sizes, self.plan.chunk_rows if too_long else 0]), self.head.num_columns)
+        if too_long:  # forward only, and first: their groups' losses must be complete, too
+            for rows in self._rows_of(too_long).split(self.plan.chunk_rows):
+                self._take_logits(rows, buffer)
+            self._take_losses(too_long)
+        for chunk in chunks:
+            rows = self._rows_of(chunk.pairs)
+            unit = self._take_logits(rows, buffer)
+            self._take_losses(chunk.pairs)
+            swept.is_swept[[*chunk.pairs, *(pair + self.num_pairs for pair in chunk.pairs)]] = True
+            self.head.to_unit_gradient(self.kernels, unit, self.labels[rows], swept.lse[rows], self.rows.ignore_index)
+            if needs_grad[0]:
+                swept.states[rows] = unit @ self.head.weight
+            factors = self._factors(rows, of_groups=not chunk.is_open)
+            add_products(*(opened if chunk.is_open else total), unit, self.hidden[rows], factors)
+            if chunk.is_last:
+                weight = self._group_weights()[self.groups[chunk.pairs[0]]]
+                for whole, part in zip(total, opened, strict=True):
+                    if whole is not None and part is not None:
+                        whole.add_(part.mul_(weight))
+                        part.zero_()
+        slopes = self.slopes if self.highest is None else self.slopes * self._group_weights()[self.groups]
+        forecast = torch.where(swept.is_swept, slopes.reshape(-1), 0)
+        return swept._replace(logps=self._logps(), forecast=forecast)
+
+    def _rows_of(self, pairs: list[int]) -> Tensor:
+        """The counted rows of some pairs."""
+        sequences = [s for pair in pairs for s in (pair, pair + self.num_pairs)]
+        return torch.cat([self.counted[self.starts[s] : self.ends[s]] for s in sequences])
+
+    def _take_logits(self, rows: Tensor, buffer: Tensor) -> Tensor:
+        """The rows' logits, in the buffer; their log-probabilities are added to their sequences'."""
+        logits = self.head.logits(self.hidden[rows], buffer)
+        logps, self.swept.lse[rows] = self.kernels.token_logps_forward(
+            logits, self.labels[rows], self.rows.ignore_index
+        )
+        if self.token_weights is not None:
+            logps = logps * self.token_weights[rows]
+        self.sums.add_(segment_sum(logps, self.sequence[rows], self.rows.num_sequences))
         return logits
 
-    def sequence_logps() -> Tensor:
-        return (sums / counts.clamp(min=1) if average else sums).to(dtype)
+    def _logps(self) -> Tensor:
+        return (self.sums / self.counts.clamp(min=1) if self.rows.average else self.sums).to(self.swept.logps.dtype)
 
-    def take_losses(pairs: list[int]) -> None:
-        these = torch.tensor(pairs, device=device)
-        losses, slopes[these] = terms.losses_and_slopes(sequence_logps(), these)
-        group_sums.add_(segment_sum(losses, groups[these], present.shape[0]))
+    def _take_losses(self, pairs: list[int]) -> None:
+        these = torch.tensor(pairs, device=self.sums.device)
+        losses, slopes = self.pairs.losses_and_slopes(self._logps(), these)
+        self.slopes[:, these] = slopes.double()
+        self.group_sums.add_(segment_sum(losses, self.groups[these], self.group_sums.shape[0]))
+        self.pairs_seen += len(pairs)
 
-    if too_long:  # forward only, and first: their groups' losses must be complete, too
-        for chunk in rows_of(too_long).split(chunk_rows):
-            logits_of(chunk)
-        take_losses(too_long)
-    highest: Tensor | None = None
-    for pairs, is_open, is_last in chunks:
-        chunk = rows_of(pairs)
-        unit = logits_of(chunk)
-        take_losses(pairs)
-        is_swept[pairs] = is_swept[[pair + num_pairs for pair in pairs]] = True
-        head.to_unit_gradient(kernels, unit, row_labels[chunk], lse[chunk], ignore_index)
-        if needs_grad[0]:
-            states[chunk] = unit @ head.weight
-        factors = torch.cat([slopes, -slopes])[row_sequence[chunk]]
-        if average:
-            factors = factors / counts[row_sequence[chunk]]
-        if highest is None:  # the scale of u: about that of the group that will weigh most
-            mean_loss = group_sums.sum() / (len(too_long) + len(pairs))
-            highest = (offsets + rates * mean_loss * torch.bincount(groups)).amax()
-        u = _weights(offsets, rates, group_sums, highest)
-        if not is_open:
-            factors = factors * u[groups[row_sequence[chunk] % num_pairs]]
-        sums_of_chunk = opened if is_open else total
-        add_products(*sums_of_chunk, unit, rows[chunk], factors.to(dtype).unsqueeze(1))
-        if is_last:
-            for whole, part in zip(total, opened, strict=True):
-                if whole is not None and part is not None:
-                    whole.add_(part.mul_(u[groups[pairs[0]]]))
-                    part.zero_()
-    forecast = slopes if highest is None else slopes * _weights(offsets, rates, group_sums, highest)[groups]
-    return Swept(
-        sequence_logps(),
-        lse,
-        states,
-        head.weight.new_empty(0, 0) if total[0] is None else total[0],
-        head.weight.new_empty(0) if total[1] is None else total[1],
-        torch.where(is_swept, torch.cat([forecast, -forecast]), 0),
-        is_swept,
-    )
+    def _factors(self, rows: Tensor, of_groups: bool) -> Tensor:
+        """(n, 1): what the gradient of each row's log-probability is multiplied by, its group's weight if asked."""
+        if self.highest is None:  # the scale of the weights: about that of the group that will weigh most
+            mean_loss = self.group_sums.sum() / self.pairs_seen
+            self.highest = (self.offsets + self.rates * mean_loss * torch.bincount(self.groups)).amax()
+        sequence = self.sequence[rows]
+        factors = self.slopes.reshape(-1)[sequence]
+        if self.token_slopes is not None:
+            factors = factors * self.token_slopes[rows]
+        if of_groups:
+            factors = factors * self._group_weights()[self.groups[sequence % self.num_pairs]]
+        return factors.to(self.swept.logps.dtype).unsqueeze(1)
 
-
-def _weights(offsets: Tensor, rates: Tensor, group_sums: Tensor, highest: Tensor) -> Tensor:
-    return (offsets + rates * group_sums - highest).clamp(-MAX_EXPONENT, MAX_EXPONENT).exp()
+    def _group_weights(self) -> Tensor:
+        """Of the present groups, as the losses seen so far have them, in units of the highest."""
+        assert self.highest is not None  # _factors has set it
+        exponents = self.offsets + self.rates * self.group_sums - self.highest
+        return exponents.clamp(-MAX_EXPONENT, MAX_EXPONENT).exp()
 
 
 def sweep_backward(
@@ -226,21 +256,18 @@ def sweep_backward(
     dlogps: Tensor,
     hidden: Tensor,
     head: LinearHead,
-    labels: Tensor,
-    cu_seqlens: Tensor | None,
+    rows: Rows,
     swept: Swept,
-    ignore_index: int,
-    average: bool,
-    chunk_rows: int,
-    needs_grad: Sequence[bool],
-    accumulate_dtype: torch.dtype,
+    plan: LinearPlan,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """(dhidden, dweight, dbias), None where nobody asks for it."""
-    row_sequence, num_sequences = sequence_of_rows(labels, cu_seqlens)
-    per_token = torch.ones_like(dlogps, dtype=torch.float64)
-    if average:
-        counts = segment_sum((labels.reshape(-1) != ignore_index).double(), row_sequence, num_sequences)
-        per_token = 1 / counts.clamp(min=1)
+    """(dhidden, dweight, dbias), contiguous; None where nobody asks for it."""
+    sequence, token_slopes = rows.sequence_ids(), rows.token_slopes()
+
+    def to_tokens(of_sequences: Tensor) -> Tensor:
+        """(N,): a gradient of each sequence's log-probability as one of its rows'."""
+        of_rows = of_sequences[sequence]
+        return (of_rows if token_slopes is None else of_rows * token_slopes).to(dlogps.dtype)
+
     exact = dlogps.double()
     ratio = (exact @ swept.forecast) / (swept.forecast @ swept.forecast)
     usable = bool(torch.isfinite(ratio))  # not where a loss was NaN, or every slope 0
@@ -249,31 +276,36 @@ def sweep_backward(
     again = ~(rest.abs() <= rounding) | ~swept.is_swept  # NaN is computed again, too
 
     dhidden = None
-    if needs_grad[0]:
-        scale = torch.where(swept.is_swept, exact * per_token, 0).to(dlogps.dtype)[row_sequence]
-        scale = scale.masked_fill(labels.reshape(-1) == ignore_index, 0)  # which NaN would not be
+    if plan.needs_grad[0]:
+        scale = to_tokens(torch.where(swept.is_swept, exact, 0))
+        scale = scale.masked_fill(~rows.counted.reshape(-1), 0)  # which NaN would not be
         dhidden = torch.mul(swept.states, scale.unsqueeze(1)).to(hidden.dtype).view(hidden.shape)
-    dweight = _scaled(swept.dweight, ratio, usable, head.weight.dtype) if needs_grad[1] else None
-    dbias = _scaled(swept.dbias, ratio, usable, head.weight.dtype) if needs_grad[2] else None
+    dweight = _scaled(swept.dweight, ratio, usable, head.weight.dtype) if plan.needs_grad[1] else None
+    dbias = _scaled(swept.dbias, ratio, usable, head.weight.dtype) if plan.needs_grad[2] else None
     if not bool(again.any()):
         return dhidden, dweight, dbias
     if bool((again & swept.is_swept).any()) and usable:
         warnings.warn(
-            f"{int(again.sum())} of {num_sequences} sequences had gradients of their log-probabilities that are not "
-            "those of the loss (another loss uses them, too?): their logits were computed once more. plan='keep' or "
-            "'recompute' is faster then",
+            f"{int(again.sum())} of {rows.num_sequences} sequences had gradients of their log-probabilities that are "
+            "not those of the loss (another loss uses them, too?): their logits were computed once more. plan='keep' "
+            "or 'recompute' is faster then",
             RuntimeWarning,
             stacklevel=2,
         )
-    row_labels = labels.reshape(-1)
-    some_labels = torch.where(again[row_sequence], row_labels, ignore_index).view(labels.shape)
-    drest = (rest * per_token).to(dlogps.dtype)[row_sequence].view(labels.shape)
-    lse = swept.lse.view(*labels.shape, 2)
+    shape = rows.labels.shape
+    some_labels = torch.where(again[sequence], rows.labels.reshape(-1), rows.ignore_index).view(shape)
     of_rest = linear_token_logps_backward(
-        kernels, drest, hidden, head, some_labels, lse, ignore_index, needs_grad, chunk_rows, accumulate_dtype
+        kernels,
+        to_tokens(rest).view(shape),
+        hidden,
+        head,
+        replace(rows, labels=some_labels),
+        swept.lse.view(*shape, 2),
+        plan,
+        swept.states.new_empty(0),
     )
     if dhidden is not None and of_rest[0] is not None:
-        dhidden = torch.where(swept.is_swept[row_sequence].view(*labels.shape, 1), dhidden, of_rest[0])
+        dhidden = torch.where(swept.is_swept[sequence].view(*shape, 1), dhidden, of_rest[0])
     for whole, part in ((dweight, of_rest[1]), (dbias, of_rest[2])):
         if whole is not None and part is not None:
             whole += part
@@ -283,11 +315,3 @@ def sweep_backward(
 def _scaled(sums: Tensor, ratio: Tensor, usable: bool, dtype: torch.dtype) -> Tensor:
     scaled = torch.empty(sums.shape, dtype=dtype, device=sums.device)
     return torch.mul(sums, ratio, out=scaled) if usable else scaled.zero_()
-
-
-def sequence_of_rows(labels: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, int]:
-    """((N,) sequence of each row, number of sequences)."""
-    if cu_seqlens is not None:
-        return packed_sequence_ids(cu_seqlens, labels.shape[0]), cu_seqlens.shape[0] - 1
-    ids = torch.arange(labels.shape[0], device=labels.device)
-    return ids.repeat_interleave(labels.shape[1]), labels.shape[0]

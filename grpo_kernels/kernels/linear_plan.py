@@ -17,11 +17,16 @@ kernels/linear.py. Of what fits in the memory, the fewest products win, then the
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from grpo_kernels import validation
+from grpo_kernels.batch import Rows
+from grpo_kernels.kernels.linear import LinearHead
+
+MAX_EXTRA_BYTES = 512 << 20
 PLANS = ("none", "frozen", "sweep", "keep", "recompute")
 
 # Logits of a chunk on a CPU: 32 MiB in float32, enough rows to keep the matrix products efficient.
@@ -43,7 +48,7 @@ class LinearShape:
     needs_grad: tuple[bool, bool, bool]
     longest_pair: int = 0
     accumulators: int = 0
-    accumulator_itemsize: int = 4
+    accumulate_dtype: torch.dtype = torch.float32
     on_gpu: bool = False
 
     @property
@@ -52,35 +57,68 @@ class LinearShape:
 
 
 @dataclass(frozen=True)
+class Budget:
+    """What the caller of the linear path allows: see `grpo_kernels.linear_sequence_logps`."""
+
+    max_extra_bytes: int = MAX_EXTRA_BYTES
+    plan: str = "auto"
+    accumulate_dtype: torch.dtype = torch.float32
+
+    def __post_init__(self) -> None:
+        validation.check_number("max_extra_bytes", self.max_extra_bytes, 0)
+        validation.check_choice("plan", self.plan, ("auto", "sweep", "keep", "recompute"))
+        if self.accumulate_dtype not in (torch.float32, torch.bfloat16):
+            raise ValueError(f"accumulate_dtype must be torch.float32 or torch.bfloat16, got {self.accumulate_dtype}")
+
+
+@dataclass(frozen=True)
 class LinearPlan:
-    """``chunk_rows`` at most are held as logits at a time; ``extra_bytes`` does not count gradients."""
+    """``chunk_rows`` at most are held as logits at a time; ``extra_bytes`` does not count gradients.
+
+    ``needs_grad``: of hidden, weight and bias. ``accumulate_dtype``: of the weight's gradient while it is summed.
+    """
 
     name: str
     chunk_rows: int
     kept_rows: int
-    products: float
-    extra_bytes: int
+    needs_grad: tuple[bool, bool, bool]
+    accumulate_dtype: torch.dtype
+    products: float = 0
+    extra_bytes: int = 0
+
+
+def plan_for(hidden: Tensor, head: LinearHead, rows: Rows, budget: Budget, accumulators: int = 0) -> LinearPlan:
+    """The plan for these inputs. ``accumulators``: sums that a sweep would need; 0: it has no forecast of the loss."""
+    whole = rows.vocab_shard is None and rows.context_group is None
+    num_rows = rows.labels.numel()
+    # Of packed rows twice the mean, for their lengths are on the device; a longer pair is computed again.
+    longest_pair = 2 * rows.labels.shape[1] if rows.cu_seqlens is None else 4 * num_rows // max(1, rows.num_sequences)
+    shape = shape_of(hidden, head, num_rows, longest_pair, accumulators if whole else 0, budget.accumulate_dtype)
+    if rows.vocab_shard is None:
+        return plan_of(shape, budget.max_extra_bytes, budget.plan)
+    # A shard's G needs the other shards' log-sum-exp, which are there in the backward only.
+    return replace(plan_of(shape, budget.max_extra_bytes, "recompute"), name="recompute")
 
 
 def shape_of(
     hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
+    head: LinearHead,
     num_rows: int,
     longest_pair: int = 0,
     accumulators: int = 0,
     accumulate_dtype: torch.dtype = torch.float32,
 ) -> LinearShape:
-    needs = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (hidden, weight, bias)]
+    grad = torch.is_grad_enabled()
+    needs = [grad and x is not None and x.requires_grad for x in (hidden, head.weight, head.bias)]
     return LinearShape(
         num_rows,
         hidden.shape[-1],
-        weight.shape[0],
+        head.weight.shape[0],
         hidden.element_size(),
         (needs[0], needs[1], needs[2]),
         longest_pair,
         accumulators,
-        accumulate_dtype.itemsize,
+        accumulate_dtype,
         hidden.device.type != "cpu",
     )
 
@@ -89,23 +127,27 @@ def possible_plans(shape: LinearShape, max_extra_bytes: int) -> Sequence[LinearP
     """Every plan that fits; one that keeps nothing always may, with chunks as small as is sensible."""
     rows, row_bytes = shape.num_rows, shape.row_bytes
     chunk = _chunk_rows(shape, max_extra_bytes)
+
+    def plan(name: str, chunk: int, products: float, extra_bytes: int, kept: int = 0) -> LinearPlan:
+        return LinearPlan(name, chunk, kept, shape.needs_grad, shape.accumulate_dtype, products, extra_bytes)
+
     if not any(shape.needs_grad):
-        return [LinearPlan("none", chunk, 0, 1, chunk * row_bytes)]
+        return [plan("none", chunk, 1, chunk * row_bytes)]
     states_bytes = rows * shape.hidden_size * shape.itemsize
     if not (shape.needs_grad[1] or shape.needs_grad[2]):
-        return [LinearPlan("frozen", chunk, 0, 2, chunk * row_bytes + states_bytes)]
+        return [plan("frozen", chunk, 2, chunk * row_bytes + states_bytes)]
     least = 1 + sum(shape.needs_grad[:2])
-    plans = [LinearPlan("recompute", chunk, 0, least + 1, chunk * row_bytes)]
+    plans = [plan("recompute", chunk, least + 1, chunk * row_bytes)]
     kept = _kept_rows(shape, chunk, max_extra_bytes)
     if kept:
         extra = kept * row_bytes + (chunk * row_bytes if kept < rows else 0)
-        plans.append(LinearPlan("keep", chunk, kept, least + 1 - kept / rows, extra))
+        plans.append(plan("keep", chunk, least + 1 - kept / rows, extra, kept))
     if shape.accumulators:
-        sums_bytes = shape.vocab_size * shape.hidden_size * shape.accumulator_itemsize
+        sums_bytes = shape.vocab_size * shape.hidden_size * shape.accumulate_dtype.itemsize
         kept_bytes = shape.accumulators * sums_bytes + (states_bytes if shape.needs_grad[0] else 0)
         chunk = min(rows, max(chunk, shape.longest_pair))
         if kept_bytes + chunk * row_bytes <= max_extra_bytes:
-            plans.append(LinearPlan("sweep", chunk, 0, least, kept_bytes + chunk * row_bytes))
+            plans.append(plan("sweep", chunk, least, kept_bytes + chunk * row_bytes))
     return plans
 
 

@@ -1,4 +1,4 @@
-"""Walking over the rows of a batch: flat views without copies, and chunks of the rows that count."""
+"""What row kernels give, and walking over rows: flat views without copies, and chunks of the rows that count."""
 
 from __future__ import annotations
 
@@ -7,12 +7,18 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-Rows = slice | Tensor
+RowIndex = slice | Tensor
 
 
 def accumulation_dtype(x: Tensor) -> torch.dtype:
     """float64 for float64, else float32."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def new_token_outputs(x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """token_logps (...) and lse (..., 2) of logits or hidden states, not filled yet."""
+    token_logps = x.new_empty(labels.shape, dtype=accumulation_dtype(x))
+    return token_logps, token_logps.new_empty((*labels.shape, 2))
 
 
 def blocks(rows: Tensor, *others: Tensor | None) -> Iterator[tuple]:
@@ -37,7 +43,7 @@ def _flattened(x: Tensor, batch_dims: int) -> Tensor | None:
         return None
 
 
-def counted_chunks(labels: Tensor, ignore_index: int, rows_per_chunk: int) -> Iterator[Rows]:
+def counted_chunks(labels: Tensor, ignore_index: int, rows_per_chunk: int) -> Iterator[RowIndex]:
     """The rows (N,) whose label counts, at most ``rows_per_chunk`` at a time: a slice where they are neighbours."""
     counted = (labels != ignore_index).nonzero().squeeze(1)
     for rows in counted.split(rows_per_chunk):
@@ -47,5 +53,5 @@ def counted_chunks(labels: Tensor, ignore_index: int, rows_per_chunk: int) -> It
         yield slice(first, last + 1) if last - first + 1 == rows.numel() else rows
 
 
-def take(block: Tensor, rows: Rows) -> Tensor:
+def take(block: Tensor, rows: RowIndex) -> Tensor:
     return block[rows] if isinstance(rows, slice) else block.index_select(0, rows)

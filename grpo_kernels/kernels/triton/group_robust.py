@@ -17,7 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from grpo_kernels.kernels.group_robust import SUMS, GroupRobustTables
+from grpo_kernels.batch import Pairs, Rows
+from grpo_kernels.kernels.group_robust import SUMS, GroupRobustTables, GroupState
 from grpo_kernels.kernels.rows import accumulation_dtype
 from grpo_kernels.kernels.triton.finish import alpha_loss_and_coefficients, pairs_and_group_sums, split_number
 from grpo_kernels.kernels.triton.logps import (
@@ -221,59 +222,23 @@ def _group_robust_fwd_kernel(
 
 def group_robust_forward(
     logits: Tensor,
-    labels: Tensor,
-    cu_seqlens: Tensor | None,
-    ref_logps: Tensor | None,
-    group_ids: Tensor,
-    beta: float | Tensor,
-    margin: Tensor | None,
-    weights: Tensor | None,
-    log_alpha: Tensor,
-    group_sizes: Tensor | None,
-    pending_sums: Tensor,
-    pending_counts: Tensor,
-    skipped_updates: Tensor,
-    *,
-    loss_type: str,
-    label_smoothing: float,
-    average: bool,
-    ignore_index: int,
-    estimator: str,
-    step_size: float,
-    adjustment: float,
-    floor: float,
-    chi: float,
-    update: str,
-    gradient_scale: float = 1.0,
+    rows: Rows,
+    pairs: Pairs,
+    groups: GroupState,
     whole_batch: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
     splits: int | None = None,
 ) -> GroupRobustTables:
-    """Everything after the logits. ``update``, "inline", "lagged" or "none": what becomes of the GroupWeights' buffers.
-
-    ``splits``: programs a row, by the table where None. The rest as in contract.py.
-    """
-    num_sequences = labels.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    num_pairs, num_groups = num_sequences // 2, log_alpha.shape[0]
+    """As in contract.py. ``splits``: programs a row, by the table where None."""
+    labels, num_sequences, num_groups = rows.labels, rows.num_sequences, groups.log_alpha.shape[0]
     num_rows, vocab_size = labels.numel(), logits.shape[-1]
     device, acc = logits.device, accumulation_dtype(logits)
     tile = tile_for("forward", logits.itemsize, vocab_size)
     if splits is None:
         splits = row_splits(num_rows, vocab_size, tile.block, multiprocessors(device))
 
-    def table(*shape: int, dtype: torch.dtype = acc) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device=device)
-
-    tables = GroupRobustTables(
-        loss=table(),
-        sequences=table(4, num_sequences),
-        pairs=table(3, num_pairs),
-        groups=table(5, num_groups, dtype=torch.float64),
-        counts=table(num_groups, dtype=torch.int64),
-        lse=table(*labels.shape, 2),
-        row_sequence=table(0 if cu_seqlens is None else num_rows, dtype=torch.int32),
-    )
-    token_logps = table(num_rows)
-    partial = table(2 * num_rows * splits) if splits > 1 else token_logps
+    tables = GroupRobustTables.empty(logits, rows, num_groups)
+    token_logps = torch.empty(num_rows, dtype=acc, device=device)
+    partial = token_logps.new_empty(2 * num_rows * splits) if splits > 1 else token_logps
     # Zeros in their own right: sequences without rows have no program that writes theirs.
     logps = torch.zeros(2, num_sequences, dtype=torch.float64, device=device)
     tickets = torch.zeros(num_sequences + 1, dtype=torch.int32, device=device)
@@ -281,11 +246,12 @@ def group_robust_forward(
     def pointer(tensor: Tensor | None) -> Tensor:
         return logps if tensor is None else tensor.contiguous()  # an unused pointer must point somewhere
 
-    betas, beta = (beta, 0.0) if isinstance(beta, Tensor) else (None, beta)
+    betas, beta = (pairs.beta, 0.0) if isinstance(pairs.beta, Tensor) else (None, pairs.beta)
+    assert pairs.group_ids is not None  # a loss with groups has made them
     arguments: dict[str, Any] = {
         "logits_ptr": logits,
         "labels_ptr": labels.contiguous(),
-        "cu_seqlens_ptr": pointer(cu_seqlens),
+        "cu_seqlens_ptr": pointer(rows.cu_seqlens),
         "token_logps_ptr": token_logps,
         "lse_ptr": tables.lse,
         "partial_ptr": partial,
@@ -297,44 +263,44 @@ def group_robust_forward(
         "group_ptr": tables.groups,
         "counts_ptr": tables.counts,
         "loss_ptr": tables.loss,
-        "ref_ptr": pointer(ref_logps),
-        "group_ids_ptr": group_ids.contiguous(),
+        "ref_ptr": pointer(pairs.ref_logps),
+        "group_ids_ptr": pairs.group_ids.contiguous(),
         "beta_ptr": pointer(betas),
-        "margin_ptr": pointer(margin),
-        "weights_ptr": pointer(weights),
-        "log_alpha_ptr": log_alpha,
-        "sizes_ptr": tables.counts if group_sizes is None else group_sizes,
-        "pending_sums_ptr": pending_sums,
-        "pending_counts_ptr": pending_counts,
-        "skipped_ptr": skipped_updates,
+        "margin_ptr": pointer(pairs.margin),
+        "weights_ptr": pointer(pairs.weights),
+        "log_alpha_ptr": groups.log_alpha,
+        "sizes_ptr": tables.counts if groups.group_sizes is None else groups.group_sizes,
+        "pending_sums_ptr": groups.pending_sums,
+        "pending_counts_ptr": groups.pending_counts,
+        "skipped_ptr": groups.skipped_updates,
         "num_rows": num_rows,
         "T": positions(logits),
         "V": vocab_size,
         "S": num_sequences,
         "K": num_groups,
         **dict(zip(("stride_s", "stride_t", "stride_v"), strides_of(logits), strict=True)),
-        "ignore_index": ignore_index,
+        "ignore_index": rows.ignore_index,
     }
-    arguments["gradient_scale"] = gradient_scale
-    for name, value in (("beta", beta), ("e", label_smoothing), ("step", step_size)):
+    arguments["gradient_scale"] = groups.gradient_scale
+    for name, value in (("beta", beta), ("e", pairs.label_smoothing), ("step", groups.step_size)):
         arguments[f"{name}_high"], arguments[f"{name}_low"] = split_number(value)
     options = {
-        "PACKED": cu_seqlens is not None,
+        "PACKED": rows.cu_seqlens is not None,
         "BLOCK": tile.block,
         "SPLITS": splits,
         "ALIGN": alignment(logits),
         "ACC": tl.float64 if acc == torch.float64 else tl.float32,
-        "LOSS": loss_type,
-        "AVERAGE": average,
-        "HAS_REF": ref_logps is not None,
+        "LOSS": pairs.loss_type,
+        "AVERAGE": rows.average,
+        "HAS_REF": pairs.ref_logps is not None,
         "HAS_BETA": betas is not None,
-        "HAS_MARGIN": margin is not None,
-        "HAS_WEIGHTS": weights is not None,
-        "IMPORTANCE": estimator == "importance",
-        "ADJUSTMENT": adjustment,
-        "FLOOR": floor,
-        "CHI": chi,
-        "UPDATE": update,
+        "HAS_MARGIN": pairs.margin is not None,
+        "HAS_WEIGHTS": pairs.weights is not None,
+        "IMPORTANCE": groups.estimator == "importance",
+        "ADJUSTMENT": groups.adjustment,
+        "FLOOR": groups.floor,
+        "CHI": groups.chi,
+        "UPDATE": groups.update,
         "BLOCK_T": BLOCK_T,
         "BLOCK_B": BLOCK_B,
         "num_warps": tile.num_warps,

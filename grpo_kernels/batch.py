@@ -1,0 +1,155 @@
+"""What travels with a batch's logits or hidden states: its rows and its pairs, each made and checked once.
+
+The public functions make them of what the caller gave; everything below takes them as they are.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from grpo_kernels import validation
+from grpo_kernels.pair_losses import PAIR_LOSSES
+from grpo_kernels.segments import packed_sequence_ids, segment_sum
+from grpo_kernels.types import IGNORE_INDEX, RowOptions, VocabShard
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The positions of a batch: the label that each predicts, and the sequence that it belongs to.
+
+    ``labels`` are aligned: row t of the logits predicts labels[t]. Of ``vocab_shard`` and ``context_group`` no kernel
+    knows: they say what is communicated around the kernels.
+    """
+
+    labels: Tensor  # (S, T), or packed (N,) with cu_seqlens
+    cu_seqlens: Tensor | None = None  # (S + 1,)
+    token_weights: Tensor | None = None  # labels' shape
+    ignore_index: int = IGNORE_INDEX
+    average: bool = False
+    vocab_shard: VocabShard | None = None
+    context_group: Any = None  # a ProcessGroup
+
+    @classmethod
+    def of(
+        cls, argument: str, tensor: Tensor, num_columns: int, labels: Tensor, options: RowOptions | dict[str, Any]
+    ) -> Rows:
+        """Of what a public function was given for ``tensor`` (logits, or hidden states), called ``argument`` there.
+
+        ``num_columns``: of the logits, on this rank.
+        """
+        validation.check_option_names(options, RowOptions)
+        given: dict[str, Any] = {**options}
+        shift_labels = given.pop("shift_labels", False)
+        rows = cls(labels, **given)
+        shard = rows.vocab_shard
+        validation.check_rows_and_labels(
+            argument, tensor, labels, rows.cu_seqlens, rows.ignore_index, num_columns if shard is None else None
+        )
+        if shard is not None:
+            validation.check_vocab_shard(shard, "logits" if argument == "logits" else "weight", num_columns)
+        if rows.token_weights is not None:
+            validation.check_token_weights(rows.token_weights, labels)
+        if not shift_labels:
+            return rows
+        if rows.context_group is not None:
+            raise ValueError(
+                "shift_labels must be False with context_group: a rank does not have the label after its last "
+                "position. Shift the labels before they are split over the ranks"
+            )
+        given["token_weights"] = None if rows.token_weights is None else rows._shifted(rows.token_weights, 0)
+        return cls(rows._shifted(labels, rows.ignore_index), **given)
+
+    @property
+    def num_sequences(self) -> int:
+        return self.labels.shape[0] if self.cu_seqlens is None else self.cu_seqlens.shape[0] - 1
+
+    @property
+    def counted(self) -> Tensor:
+        """(...,) bool, labels' shape."""
+        return self.labels != self.ignore_index
+
+    def sequence_ids(self) -> Tensor:
+        """(N,) int64: the sequence of each row."""
+        if self.cu_seqlens is not None:
+            return packed_sequence_ids(self.cu_seqlens, self.labels.shape[0])
+        ids = torch.arange(self.labels.shape[0], device=self.labels.device)
+        return ids.repeat_interleave(self.labels.shape[1])
+
+    def sums(self, token_values: Tensor) -> Tensor:
+        """(S,) float64 of values in labels' shape, in float64 so that thousands of tokens cost no digits."""
+        if self.cu_seqlens is None:
+            return token_values.double().sum(-1)
+        return segment_sum(token_values, self.sequence_ids(), self.num_sequences)
+
+    def counts(self) -> Tensor:
+        """(S,) float64: counted rows of each sequence."""
+        return self.sums(self.counted)
+
+    def weighted(self, token_logps: Tensor) -> Tensor:
+        return token_logps if self.token_weights is None else token_logps * self.token_weights
+
+    def token_slopes(self) -> Tensor | None:
+        """(N,) float64, d logp_s / d token_logp of each row; None where all are 1."""
+        slopes = None if self.token_weights is None else self.token_weights.reshape(-1).double()
+        if not self.average:
+            return slopes
+        per_token = (1 / self.counts().clamp(min=1))[self.sequence_ids()]
+        return per_token if slopes is None else per_token * slopes
+
+    def _shifted(self, values: Tensor, last: int) -> Tensor:
+        """Moved one to the left: row t holds what it predicts, and the last row of a sequence predicts nothing."""
+        if values.shape[-1] == 0:
+            return values
+        shifted = torch.cat([values[..., 1:], values.new_full((*values.shape[:-1], 1), last)], dim=-1)
+        if self.cu_seqlens is None:
+            return shifted
+        ids = self.sequence_ids()
+        next_is_other = torch.cat([ids[1:] != ids[:-1], ids.new_ones(1, dtype=torch.bool)])
+        return shifted.masked_fill(next_is_other, last)
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """The B pairs of 2B sequences: what a pair's loss takes besides its log-probabilities, and the pair's group."""
+
+    group_ids: Tensor | None = None  # (B,); None where nobody asks for groups
+    ref_logps: Tensor | None = None  # (2B,)
+    margin: Tensor | None = None  # (B,)
+    weights: Tensor | None = None  # (B,)
+    beta: float | Tensor = 0.1  # or (B,)
+    loss_type: str = "sigmoid"
+    label_smoothing: float = 0.0
+
+    def check(self, num_pairs: int, device: torch.device) -> None:
+        validation.check_ref_logps(self.ref_logps, 2 * num_pairs, device)
+        validation.check_beta(self.beta, num_pairs, device)
+        for name, value in (("margin", self.margin), ("weights", self.weights)):
+            if value is not None:
+                validation.check_pair_vector(name, value, num_pairs, device)
+
+    def losses_and_slopes(self, logps: Tensor, some: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Losses (n,) and their slopes (2, n) in the log-probabilities of the chosen and the rejected sequence.
+
+        Args:
+            logps: (2B,), float32 or float64.
+            some: (n,) numbers of the pairs asked for; None: all.
+        """
+        num_pairs = logps.shape[0] // 2
+
+        def of(values: Tensor) -> Tensor:
+            return values if some is None else values[some]
+
+        scores = logps if self.ref_logps is None else logps - self.ref_logps
+        chosen, rejected = of(scores[:num_pairs]), of(scores[num_pairs:])
+        beta = of(self.beta) if isinstance(self.beta, Tensor) else self.beta
+        margin = None if self.margin is None else of(self.margin)
+        kind = PAIR_LOSSES[self.loss_type]
+        losses, slopes = kind.value_and_slopes(chosen, rejected, margin, beta, self.label_smoothing)
+        if self.weights is not None:
+            weights = of(self.weights)
+            losses, slopes = losses * weights, slopes * weights
+        return losses, slopes
