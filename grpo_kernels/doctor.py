@@ -116,7 +116,7 @@ def linear_plans(sizes: str, dtype: str, on_gpu: bool) -> list[linear_plan.Linea
 def _linear(sizes: str, dtype: str, as_json: bool) -> int:
     plans = linear_plans(sizes, dtype, torch.cuda.is_available())
     if as_json:
-        print(json.dumps([dataclasses.asdict(plan) for plan in plans], indent=2))
+        print(json.dumps([dataclasses.asdict(plan) for plan in plans], indent=2, default=str))
         return 0
     device = "a GPU" if torch.cuda.is_available() else "a CPU"
     print(f"plans of LinearGroupRobustLoss for {sizes}, {dtype}, on {device}, within {MAX_EXTRA_BYTES >> 20} MiB;")

@@ -90,7 +90,7 @@ class GroupRobustOutput(NamedTuple):
     rejected_rewards: Tensor
     """(B,): the same for the rejected answers."""
     group_means: Tensor
-    """(K,) float64, detached: the plain mean of the batch's pair losses of each group; NaN for a group that it lacks."""
+    """(K,) float64, detached: the plain mean of the batch's pair losses of each group; NaN for one that it lacks."""
 
     def metrics(self) -> dict[str, Tensor]:
         """Batch means under TRL's names, as detached 0-d views of one tensor.

@@ -7,6 +7,10 @@ import torch
 from conftest import batch
 
 import grpo_kernels as gk
+from grpo_kernels.batch import Pairs, Rows
+from grpo_kernels.kernels import ops
+from grpo_kernels.kernels.linear_pairs import Forecast
+from grpo_kernels.kernels.linear_plan import LinearPlan
 
 
 def ids() -> torch.Tensor:
@@ -22,11 +26,14 @@ def fused_calls() -> dict[str, tuple]:
     logits, labels = batch(num_pairs=4, dtype=torch.float32)
     logits = logits.detach()
     state = gk.GroupWeights(group_sizes=[60, 35, 5], step_size=0.3)
-    buffers = (state.log_alpha, state.group_sizes, state.pending_sums, state.pending_counts, state.skipped_updates)
-    options = (0.1, "sigmoid", 0.0, True, -100, "importance", 0.3, 0.0, 0.0, 1.0, "inline", "", 1.0, "triton")
-    forward = (logits, labels, None, torch.randn(8), ids(), None, None, None, *buffers, *options)
+    flat = (
+        *ops.ROWS.pack(Rows(labels, average=True)),
+        *ops.PAIRS.pack(Pairs(ids(), torch.randn(8))),
+        *ops.GROUPS.pack(state.fused_state("inline")),
+    )
+    forward = (logits, *flat, "triton")
     _, sequences, pairs, _, _, lse, row_sequence = OPS.group_robust_loss(*forward)
-    saved = (labels, lse, row_sequence, sequences, pairs, ids(), -100, False, "triton")
+    saved = (lse, row_sequence, sequences, pairs, ids(), labels, -100, "triton")
     upstream = (torch.tensor(2.0), torch.randn(4, 8), torch.randn(3, 4), torch.randn(5, 3, dtype=torch.float64))
     return {
         "group_robust_loss": forward,
@@ -41,56 +48,41 @@ def operator_calls() -> dict[str, tuple]:
     logits = logits.detach()
     hidden, weight, bias = torch.randn(6, 7, 5), torch.randn(13, 5), torch.randn(13)
     _, lse = OPS.token_logps(logits, labels, -100, "torch")
-    head = (weight, bias, 0.5, 3.0)
-    _, linear_lse, kept = OPS.linear_token_logps(hidden, *head, labels, -100, 9, "keep", 42, "torch")
-    upstream, all_three = torch.randn(6, 7), [True, True, True]
-    backward = (upstream, hidden, *head, labels, linear_lse)
-    of_pairs = (labels, None, torch.tensor([1, 0, 1]), torch.randn(6), None, torch.rand(3), None, 0.1, "sigmoid", 0.2)
-    forecast = (torch.zeros(2, dtype=torch.float64), torch.ones(2, dtype=torch.float64))
-    options = (-100, True, 9, torch.float32, all_three, "torch")
-    _, *swept = OPS.linear_pair_logps(hidden, *head, *of_pairs, *forecast, *options)
+    head, upstream = (weight, bias, 0.5, 3.0), torch.randn(6, 7)
+    # All labels count: rows of `kept` beyond those that do are never written.
+    some, every = (ops.ROWS.pack(Rows(x, token_weights=torch.rand(6, 7))) for x in (labels, labels.clamp(min=0)))
+
+    def plan(name: str, kept_rows: int = 0, needs_grad: tuple[bool, bool, bool] = (True, True, True)) -> tuple:
+        return ops.PLAN.pack(LinearPlan(name, 9, kept_rows, needs_grad, torch.float32))
+
+    of_hidden, of_weight = (True, False, False), (False, True, False)
+    _, linear_lse, kept = OPS.linear_token_logps(hidden, *head, *every, *plan("keep", 42), "torch")
+    backward = (upstream, hidden, *head, *every)
+    pairs = Pairs(torch.tensor([1, 0, 1]), torch.randn(6), weights=torch.rand(3), label_smoothing=0.2)
+    forecast = Forecast(torch.zeros(2, dtype=torch.float64), torch.ones(2, dtype=torch.float64), 2)
+    of_pairs = (*ops.PAIRS.pack(pairs), *ops.FORECAST.pack(forecast), "torch")
+    _, *swept = OPS.linear_pair_logps(hidden, *head, *some, *plan("sweep"), *of_pairs)
     return {
         "copy_in_forward": (hidden,),
         "token_logps": (logits, labels, -100, "torch"),
         "token_logps_backward": (upstream, logits, labels, lse, -100, "torch"),
         "token_logps_backward_": (upstream, logits.clone(), labels, lse, -100, "torch"),
-        "linear_token_logps": (hidden, *head, labels, -100, 9, "none", 0, "torch"),
-        # All labels count: rows of `kept` beyond those that do are never written.
-        "linear_token_logps:keep": (hidden, *head, labels.clamp(min=0), -100, 9, "keep", 42, "torch"),
-        "linear_token_logps:frozen": (hidden, *head, labels, -100, 9, "frozen", 0, "torch"),
-        "linear_token_logps_backward": (*backward, all_three, -100, 9, torch.float32, "recompute", kept[:0], "torch"),
-        "linear_token_logps_backward:keep": (*backward, all_three, -100, 9, torch.float32, "keep", kept, "torch"),
-        "linear_token_logps_backward:hidden": (
-            *backward,
-            [True, False, False],
-            -100,
-            9,
-            torch.float32,
-            "keep",
-            kept,
-            "torch",
-        ),
+        "linear_token_logps": (hidden, *head, *some, *plan("none"), "torch"),
+        "linear_token_logps:keep": (hidden, *head, *every, *plan("keep", 42), "torch"),
+        "linear_token_logps:frozen": (hidden, *head, *some, *plan("frozen"), "torch"),
+        "linear_token_logps_backward": (*backward, *plan("recompute"), linear_lse, kept[:0], "torch"),
+        "linear_token_logps_backward:keep": (*backward, *plan("keep", 42), linear_lse, kept, "torch"),
+        "linear_token_logps_backward:hidden": (*backward, *plan("keep", 42, of_hidden), linear_lse, kept, "torch"),
         "linear_token_logps_backward:frozen": (
             *backward,
-            [True, False, False],
-            -100,
-            9,
-            torch.float32,
-            "frozen",
+            *plan("frozen", 0, of_hidden),
+            linear_lse,
             hidden * 2,
             "torch",
         ),
-        "linear_pair_logps": (hidden, *head, *of_pairs, *forecast, *options),
-        "linear_pair_logps:weight": (
-            hidden,
-            *head,
-            *of_pairs,
-            *forecast,
-            *options[:4],
-            [False, True, False],
-            "torch",
-        ),
-        "linear_pair_logps_backward": (torch.randn(6), hidden, *head, labels, None, *swept, *options),
+        "linear_pair_logps": (hidden, *head, *some, *plan("sweep"), *of_pairs),
+        "linear_pair_logps:weight": (hidden, *head, *some, *plan("sweep", 0, of_weight), *of_pairs),
+        "linear_pair_logps_backward": (torch.randn(6), hidden, *head, *some, *plan("sweep"), *swept, "torch"),
         **(fused_calls() if not gk.backends()["triton"] and not torch.cuda.is_available() else {}),
     }
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 import grpo_kernels as gk
 from grpo_kernels.__main__ import main
+from grpo_kernels.batch import Rows
 from grpo_kernels.kernels import linear, linear_plan, torch_chunked
 
 
@@ -129,26 +130,14 @@ def test_linear_plans_cost_what_they_say(
     labels = torch.randint(0, 50, (60,))
     labels[::3] = -100  # 40 of 60 count
     one_product = 2 * 40 * 8 * 50
-    head = linear.LinearHead(weight, None)
+    head, rows = linear.LinearHead(weight, None), Rows(labels)
+    chosen = linear_plan.LinearPlan(plan, 10, kept_rows, (*needs_grad, False), torch.float32)
     with FlopCounterMode(display=False) as counter:
-        _, lse, kept = linear.linear_token_logps_forward(torch_chunked, hidden, head, labels, -100, 10, plan, kept_rows)
+        _, lse, kept = linear.linear_token_logps_forward(torch_chunked, hidden, head, rows, chosen)
     assert counter.get_total_flops() == products[0] * one_product
     if plan != "none":
-        arguments = (
-            torch.randn(60),
-            hidden,
-            head,
-            labels,
-            lse,
-            -100,
-            (*needs_grad, False),
-            10,
-            torch.float32,
-            plan,
-            kept,
-        )
         with FlopCounterMode(display=False) as counter:
-            linear.linear_token_logps_backward(torch_chunked, *arguments)
+            linear.linear_token_logps_backward(torch_chunked, torch.randn(60), hidden, head, rows, lse, chosen, kept)
         assert counter.get_total_flops() == products[1] * one_product
 
 
@@ -157,7 +146,8 @@ def test_linear_plan_is_chosen_by_what_needs_gradients_and_fits(monkeypatch: pyt
     row = 50 * 4
 
     def plan(*options, weight: Tensor = weight) -> tuple[str, int, float, int]:
-        chosen = gk.functional.linear_plan(hidden, weight, None, 60, *options)
+        head, rows = linear.LinearHead(weight, None), Rows(torch.zeros(2, 30, dtype=torch.int64))
+        chosen = linear_plan.plan_for(hidden, head, rows, linear_plan.Budget(*options))
         return chosen.name, chosen.kept_rows, chosen.products, chosen.extra_bytes
 
     assert plan() == ("keep", 60, 3, 60 * row)
@@ -191,7 +181,7 @@ def test_linear_plan_with_a_sweep() -> None:
         patch.setattr(linear_plan, "CHUNK_ELEMENTS", 1000 * 100)
         assert plan(1) == ("sweep", 3, states + sums + 600 * 4000), "a chunk holds the longest pair"
         assert plan(2) == ("sweep", 3, states + 2 * sums + 600 * 4000)
-        assert plan(2, accumulator_itemsize=2) == ("sweep", 3, states + sums + 600 * 4000)
+        assert plan(2, accumulate_dtype=torch.bfloat16) == ("sweep", 3, states + sums + 600 * 4000)
         assert plan(2, 2_000_000)[0] == "keep"
 
 

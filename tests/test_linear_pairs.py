@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import grpo_kernels as gk
+from grpo_kernels.batch import Pairs, Rows
 from grpo_kernels.groups.forecast import forecast_of
 from grpo_kernels.kernels import linear, linear_pairs, linear_plan, torch_chunked
 
@@ -152,9 +154,15 @@ def sweep_arguments(dtype: torch.dtype, chunk_rows: int, rate: float = 0.1) -> t
     inputs, labels, ref = batch(dtype)
     hidden, weight, bias = (x.detach() for x in inputs)
     log_weights = torch.zeros(3, dtype=torch.float64)
-    terms = linear_pairs.PairTerms(ids(), ref, None, None, 0.1, "sigmoid", 0.0, log_weights, log_weights + rate)
-    head = linear.LinearHead(weight, bias)
-    return (torch_chunked, hidden, head, labels, None), (terms, -100, False, chunk_rows, (True, True, True))
+    forecast = linear_pairs.Forecast(log_weights, log_weights + rate, 2)
+    plan = linear_plan.LinearPlan("sweep", chunk_rows, 0, (True, True, True), torch.float32)
+    of_batch = (torch_chunked, hidden, linear.LinearHead(weight, bias), Rows(labels))
+    return of_batch, (Pairs(ids(), ref), forecast, plan)
+
+
+def sweep_back(upstream: Tensor, of_batch: tuple, swept: linear_pairs.Swept, plan: linear_plan.LinearPlan) -> tuple:
+    kernels, *rest = of_batch
+    return linear_pairs.sweep_backward(kernels, upstream, *rest, swept, plan)
 
 
 @pytest.mark.parametrize("rate", [0.0, 0.1])
@@ -162,14 +170,12 @@ def test_sweep_takes_three_products(rate: float) -> None:
     from torch.utils.flop_counter import FlopCounterMode
 
     inputs, options = sweep_arguments(torch.bfloat16, 20, rate)
-    one_product = 2 * int((inputs[3] != -100).sum()) * HIDDEN * VOCAB
+    one_product = 2 * int(inputs[3].counted.sum()) * HIDDEN * VOCAB
     with FlopCounterMode(display=False) as counter:
-        swept = linear_pairs.sweep_forward(*inputs, *options, torch.float32)
+        swept = linear_pairs.sweep_forward(*inputs, *options)
     assert counter.get_total_flops() == 3 * one_product
     with FlopCounterMode(display=False) as counter:
-        linear_pairs.sweep_backward(
-            inputs[0], 5 * swept.forecast.float(), *inputs[1:], swept, *options[1:], torch.float32
-        )
+        sweep_back(5 * swept.forecast.float(), inputs, swept, options[-1])
     assert counter.get_total_flops() == 0
 
 
@@ -207,11 +213,9 @@ def test_groups_that_the_batch_lacks() -> None:
 def test_only_the_weights_ratios_matter() -> None:
     """A million groups or a large data set make every offset very negative: e^-500 must not underflow."""
     inputs, options = sweep_arguments(torch.float32, 20)
-    terms = options[0]
-    swept = linear_pairs.sweep_forward(*inputs, *options, torch.float32)
-    small = linear_pairs.sweep_forward(
-        *inputs, terms._replace(offsets=terms.offsets - 500), *options[1:], torch.float32
-    )
+    pairs, forecast, plan = options
+    swept = linear_pairs.sweep_forward(*inputs, *options)
+    small = linear_pairs.sweep_forward(*inputs, pairs, forecast._replace(offsets=forecast.offsets - 500), plan)
     torch.testing.assert_close(small.forecast, swept.forecast)
     torch.testing.assert_close(small.dweight, swept.dweight)
 
@@ -221,8 +225,9 @@ def test_pairs_longer_than_a_chunk(moving: bool) -> None:
     """They are computed again in the backward; their losses count for their group's weight all the same."""
     cut = 12  # rows; pairs have 7 to 14
     inputs, options = sweep_arguments(torch.float64, cut, 0.1 if moving else 0.0)
-    swept = linear_pairs.sweep_forward(*inputs, *options, torch.float32)
-    whole = linear_pairs.sweep_forward(*inputs, *options[:3], 1000, options[4], torch.float32)
+    swept = linear_pairs.sweep_forward(*inputs, *options)
+    long_chunks = replace(options[-1], chunk_rows=1000)
+    whole = linear_pairs.sweep_forward(*inputs, *options[:-1], long_chunks)
     assert 0 < int(swept.is_swept.sum()) < 2 * NUM_PAIRS
     torch.testing.assert_close(swept.logps, whole.logps)
     seen = swept.forecast[swept.is_swept], whole.forecast[swept.is_swept]
@@ -232,10 +237,8 @@ def test_pairs_longer_than_a_chunk(moving: bool) -> None:
     upstream = torch.where(swept.is_swept, 2.0, 1e-16) * whole.forecast
     with warnings.catch_warnings():
         warnings.simplefilter("error", RuntimeWarning)
-        got = linear_pairs.sweep_backward(inputs[0], upstream, *inputs[1:], swept, *options[1:], torch.float32)
-    expected = linear_pairs.sweep_backward(
-        inputs[0], upstream, *inputs[1:], whole, *options[1:3], 1000, options[4], torch.float32
-    )
+        got = sweep_back(upstream, inputs, swept, options[-1])
+    expected = sweep_back(upstream, inputs, whole, long_chunks)
     for one, other in zip(got, expected, strict=True):
         torch.testing.assert_close(one, other)
     missing = ~swept.is_swept
@@ -285,7 +288,7 @@ def test_long_pairs_go_in_chunks_of_full_size(monkeypatch: pytest.MonkeyPatch) -
         "token_logps_forward",
         lambda logits, *rest: (sizes.append(len(logits)), original(logits, *rest))[1],
     )
-    linear_pairs.sweep_forward(*inputs, *options, torch.float32)
+    linear_pairs.sweep_forward(*inputs, *options)
     assert sizes[0] == 12
 
 

@@ -23,6 +23,7 @@ from conftest import batch
 from fused_cases import IDS, SIZES, two_calls
 
 import grpo_kernels as gk
+from grpo_kernels.batch import Pairs, Rows
 
 if gk.backends()["triton"]:
     pytest.skip("; ".join(gk.backends()["triton"]), allow_module_level=True)
@@ -31,20 +32,6 @@ from grpo_kernels.kernels import group_robust as tables
 from grpo_kernels.kernels.triton import group_robust, logps, tiles
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-
-
-FORWARD_OPTIONS = {
-    "loss_type": "sigmoid",
-    "label_smoothing": 0.0,
-    "average": False,
-    "ignore_index": -100,
-    "estimator": "importance",
-    "step_size": 0.3,
-    "adjustment": 0.0,
-    "floor": 0.0,
-    "chi": 1.0,
-    "update": "inline",
-}
 
 
 @pytest.fixture(autouse=True)
@@ -133,10 +120,8 @@ def test_grids_stay_within_the_limits_of_cuda(monkeypatch: pytest.MonkeyPatch) -
         _, lse = logps.token_logps_forward(logits, labels, -100)
         logps.token_logps_backward(lse[..., 0], logits, labels, lse, -100, logits)
         state = gk.GroupWeights(group_sizes=SIZES, step_size=0.3).to("meta")
-        buffers = (state.log_alpha, state.group_sizes, state.pending_sums, state.pending_counts, state.skipped_updates)
-        group_robust.group_robust_forward(
-            logits, labels, None, None, labels[:1, 0], 0.1, None, None, *buffers, **FORWARD_OPTIONS
-        )
+        pairs = Pairs(labels[:1, 0])
+        group_robust.group_robust_forward(logits, Rows(labels), pairs, state.fused_state("inline"))
     assert len(launches) >= 9
     for grid in launches:
         assert grid[0] < 2**31

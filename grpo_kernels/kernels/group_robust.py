@@ -20,7 +20,7 @@ LOGPS, REWARDS, COEFFICIENTS, TOKEN_SCALES = range(4)
 PAIR_LOSSES, SLOPES, PAIR_FACTORS = range(3)
 """Rows of `pairs`: l_i; d l_i / d h_i; d L_g / d l_i for the pair's group g.
 
-The losses that are fused are functions of the margin h: the slope in the rejected log-probability is minus that in h."""
+The losses that are fused are functions of the margin h: the slope in the rejected score is minus that in h."""
 SUMS, GROUP_LOSSES, ALPHA, FACTORS, GROUP_COEFFICIENTS = range(5)
 """Rows of `groups`: the sums of l_i; L_g; alpha_g(new); d L_g / d l_i; d loss / d l_i."""
 

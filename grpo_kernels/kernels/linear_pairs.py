@@ -5,8 +5,8 @@
 c, one number, is known only in the backward. The forecast a_s is known as soon as the losses of its pair's group are:
 a = u_g times the slope of the pair's loss, log u_g = offset_g + rate_g * (the group's sum of pair losses), for alpha
 moved by exponentiated gradient; with rates of 0 at once. So chunks hold whole pairs, and where rates are not 0 whole
-groups: a chunk then adds sum_s a_s A_s to dweight's sum before the next one overwrites its logits. A group larger than a
-chunk has chunks, and a sum, of its own until its last pair. G weight is kept for dhidden.
+groups: a chunk then adds sum_s a_s A_s to dweight's sum before the next one overwrites its logits. A group larger than
+a chunk has chunks, and a sum, of its own until its last pair. G weight is kept for dhidden.
 
 The backward measures c and does not trust the forecast: where dlogp_s - c a_s is more than rounding (a gradient of the
 log-probabilities from elsewhere), or where a pair was longer than a chunk, it computes those sequences again. So the
