@@ -196,6 +196,24 @@ def test_fullgraph_linear_and_model() -> None:
         torch.testing.assert_close(got, p.grad)
 
 
+@pytest.mark.parametrize("plan", ["sweep", "recompute"])
+def test_strides(plan: str) -> None:
+    """A head stored as (D, V), hidden states as (T, S, D): gradients have the strides that the compiler was told."""
+    stored, states = torch.randn(8, 13).requires_grad_(), torch.randn(7, 8, 8).requires_grad_()
+    _, labels = batch(num_pairs=4)
+
+    def loss(stored: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
+        groups = gk.GroupWeights(group_sizes=[60, 35, 5], step_size=0.3)
+        loss_fn = gk.LinearGroupRobustLoss(groups, reference_free=True, plan=plan, backend="torch")
+        return loss_fn(states.transpose(0, 1), stored.t(), labels, ids()).loss
+
+    torch.compiler.reset()
+    compiled = torch.compile(loss, backend="aot_eager")
+    expected = torch.autograd.grad(loss(stored, states), (stored, states))
+    for got, exact in zip(torch.autograd.grad(compiled(stored, states), (stored, states)), expected, strict=True):
+        torch.testing.assert_close(got, exact)
+
+
 def test_gradient_accumulation_through_shared_parameters() -> None:
     """Two backward passes into .grad add up."""
     logits, labels = batch()

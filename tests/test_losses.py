@@ -169,6 +169,31 @@ def test_linear_equals_logits(backend: str) -> None:
         torch.testing.assert_close(linear, unfused)
 
 
+def test_from_pair_losses() -> None:
+    """The step after the pair losses alone: as from_logps, whatever made the losses."""
+    logps, ids = torch.randn(8, dtype=torch.float64).requires_grad_(), torch.tensor([0, 1, 1, 0])
+    whole, part = (gk.GroupRobustLoss(gk.GroupWeights(group_sizes=[3, 5, 2], step_size=0.4)) for _ in range(2))
+    for _ in range(2):
+        expected = whole.from_logps(logps, ids, torch.zeros(8, dtype=torch.float64))
+        got = part.from_pair_losses(gk.preference_losses(logps), ids)
+    for name in ("loss", "pair_losses", "group_losses", "group_counts", "alpha", "group_means"):
+        torch.testing.assert_close(getattr(got, name), getattr(expected, name), equal_nan=True)
+    assert torch.equal(torch.autograd.grad(got.loss, logps)[0], torch.autograd.grad(expected.loss, logps)[0])
+    assert got.chosen_logps.shape == got.rejected_rewards.shape == (4,)
+    assert got.chosen_logps.isnan().all()
+    assert got.metrics()["loss"] == got.loss
+    losses = got.pair_losses.detach()
+    means = [losses[[0, 3]].mean(), losses[[1, 2]].mean(), torch.tensor(torch.nan, dtype=torch.float64)]
+    torch.testing.assert_close(got.group_means, torch.stack(means), equal_nan=True)
+    for bad, error, message in (
+        (losses.long(), TypeError, "pair_losses must be float32 or float64, got torch.int64"),
+        (losses.unsqueeze(1), ValueError, r"pair_losses must have shape \(B,\), got \(4, 1\)"),
+        (losses[:3], ValueError, r"group_ids must have shape \(3,\)"),
+    ):
+        with pytest.raises(error, match=message):
+            part.from_pair_losses(bad, ids)
+
+
 def test_grad_output_scales_the_gradient(backend: str) -> None:
     """Liger 968 and 1298: an upstream gradient other than 1 was silently ignored."""
     logits, labels, ref = inputs()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -307,12 +309,30 @@ def test_retain_graph_gives_the_same_gradient_twice(backend: str) -> None:
     assert torch.equal(first, second)
 
 
-def test_grad_of_grad_is_refused() -> None:
+@pytest.mark.parametrize("upstream", [torch.sum, lambda logps: logps.square().sum()], ids=["constant", "not"])
+def test_second_derivatives_are_refused(upstream: Callable) -> None:
+    """Also where the incoming gradient is a constant: PyTorch alone would give zeros without a word."""
     logits, labels = batch()
-    logps = gk.sequence_logps(logits, labels, backend="torch")
-    (grad,) = torch.autograd.grad(logps.square().sum(), logits, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        grad.sum().backward()
+    hidden, weight = torch.randn(6, 7, 5).double().requires_grad_(), torch.randn(13, 5).double().requires_grad_()
+    ids = torch.tensor([0, 1, 0])
+
+    def robust(kind: type, *inputs: Tensor, **options: str) -> Tensor:
+        groups = gk.GroupWeights(group_sizes=[3, 2], step_size=0.1)
+        return kind(groups, reference_free=True, **options)(*inputs, labels, ids).loss
+
+    for inputs, call in (
+        ([logits], lambda: gk.sequence_logps(logits, labels)),
+        ([logits], lambda: gk.token_logps(logits, labels, backend="torch")),
+        ([logits], lambda: robust(gk.GroupRobustLoss, logits)),
+        ([logits], lambda: robust(gk.GroupRobustLoss, logits, backend="reference")),
+        ([hidden, weight], lambda: gk.linear_sequence_logps(hidden, weight, labels)),
+        ([hidden, weight], lambda: robust(gk.LinearGroupRobustLoss, hidden, weight, plan="sweep")),
+    ):
+        grads = torch.autograd.grad(upstream(call()), inputs, create_graph=True)
+        with pytest.raises(RuntimeError, match="differentiable once"):
+            sum(grad.square().sum() for grad in grads).backward()
+    with pytest.raises(RuntimeError, match="differentiable once"):
+        torch.autograd.functional.hessian(lambda x: upstream(gk.sequence_logps(x, labels)), logits.detach())
 
 
 def test_two_runs_are_bitwise_equal(backend: str) -> None:

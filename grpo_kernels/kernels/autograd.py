@@ -129,11 +129,11 @@ class PairLosses(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logps: Tensor, *flat: Any) -> Tensor:
         losses, slopes = PAIRS.unpack(flat).losses_and_slopes(logps)
-        ctx.save_for_backward(slopes)
+        ctx.save_for_backward(slopes, logps)  # the second only so that differentiable_once sees it
         return losses
 
     @staticmethod
     @differentiable_once
     def backward(ctx: Any, dloss: Tensor) -> Gradients:
-        (slopes,) = ctx.saved_tensors
+        slopes, _ = ctx.saved_tensors
         return ((dloss * slopes).reshape(-1), *[None] * (len(ctx.needs_input_grad) - 1))

@@ -1,0 +1,118 @@
+"""Token by token: log-probabilities from hidden states, and weights of the tokens on every path."""
+
+from __future__ import annotations
+
+import pytest
+import test_linear_pairs
+import torch
+import torch.nn.functional as F
+import truth
+from conftest import batch
+from torch import Tensor
+
+import grpo_kernels as gk
+
+
+def hidden_and_head(dtype: torch.dtype = torch.float64) -> list[Tensor]:
+    return [torch.randn(shape, dtype=dtype).requires_grad_() for shape in ((6, 7, 5), (13, 5), (13,))]
+
+
+@pytest.mark.parametrize("plan", ["auto", "recompute"])
+@pytest.mark.parametrize("shape", [(6, 7), (42,), (2, 3, 7)], ids=str)
+def test_linear_token_logps(backend: str, plan: str, shape: tuple[int, ...]) -> None:
+    """Of any leading dimensions, with a gradient for each token."""
+    hidden, weight, bias = hidden_and_head()
+    labels = batch()[1].reshape(shape)
+    rows, upstream = hidden.reshape(*shape, 5), torch.linspace(-1, 2, 42).double().reshape(shape)
+    got = gk.linear_token_logps(
+        rows, weight, labels, bias=bias, logit_scale=0.5, softcap=4.0, plan=plan, backend=backend
+    )
+    exact = gk.token_logps(4 * torch.tanh(F.linear(hidden, weight, bias) / 8), labels.reshape(6, 7))
+    torch.testing.assert_close(got, exact.reshape(shape), rtol=1e-12, atol=1e-12)
+    inputs = (hidden, weight, bias)
+    for one, other in zip(
+        torch.autograd.grad(got, inputs, upstream),
+        torch.autograd.grad(exact, inputs, upstream.reshape(6, 7)),
+        strict=True,
+    ):
+        torch.testing.assert_close(one, other, rtol=1e-11, atol=1e-12)
+
+
+def test_linear_token_logps_of_sequences() -> None:
+    """Shifted and packed, as `token_logps` has them."""
+    hidden, weight, _ = (x.detach() for x in hidden_and_head())
+    labels, ends = batch()[1], torch.arange(0, 43, 7)
+    logits = F.linear(hidden, weight)
+    for options, of_rows in (({}, lambda x: x), ({"cu_seqlens": ends}, lambda x: x.flatten(0, 1))):
+        got = gk.linear_token_logps(of_rows(hidden), weight, of_rows(labels), shift_labels=True, **options)
+        exact = gk.token_logps(of_rows(logits), of_rows(labels), shift_labels=True, **options)
+        torch.testing.assert_close(got, exact)
+    with pytest.raises(ValueError, match=r"shift_labels needs sequences: hidden \(S, T, D\), or cu_seqlens"):
+        gk.linear_token_logps(hidden.flatten(0, 1), weight, labels.flatten(), shift_labels=True)
+    with pytest.raises(ValueError, match=r"labels must have shape \(42,\), one for each row of hidden"):
+        gk.linear_token_logps(hidden.flatten(0, 1), weight, labels)
+    with pytest.raises(TypeError, match="'average' is no option here; there are cu_seqlens"):
+        gk.linear_token_logps(hidden, weight, labels, average=True)
+
+
+@pytest.mark.parametrize("average", [False, True])
+def test_token_weights(backend: str, average: bool) -> None:
+    """Values and gradients against the truth, padded, shifted and packed."""
+    logits, labels = batch()
+    weights = torch.linspace(0, 2, 42, dtype=torch.float64).reshape(6, 7)
+    token, slopes = truth.token_terms(logits, labels)
+    counts = (labels != -100).sum(-1) if average else torch.ones(6)
+    exact = (token * weights).sum(-1) / counts
+    upstream = torch.linspace(-1, 2, 6, dtype=torch.float64)
+    exact_grad = (upstream / counts)[:, None, None] * weights.unsqueeze(-1) * slopes
+    unshifted = [F.pad(x, (1, 0), value=fill)[:, :-1] for x, fill in ((labels, 3), (weights, 7.0))]
+    padded = {"average": average, "backend": backend}
+    for call in (
+        lambda x: gk.sequence_logps(x, labels, token_weights=weights, **padded),
+        lambda x: gk.sequence_logps(
+            x.flatten(0, 1),
+            labels.flatten(),
+            token_weights=weights.flatten(),
+            cu_seqlens=torch.arange(0, 43, 7),
+            **padded,
+        ),
+    ):
+        got = call(logits)
+        torch.testing.assert_close(got, exact, rtol=1e-12, atol=1e-12)
+        (grad,) = torch.autograd.grad(got, logits, upstream)
+        torch.testing.assert_close(grad, exact_grad, rtol=1e-12, atol=1e-12)
+    some = labels[:, -1] == -100  # a shift loses the last position of the others
+    got = gk.sequence_logps(
+        logits[some], unshifted[0][some], token_weights=unshifted[1][some], shift_labels=True, **padded
+    )
+    torch.testing.assert_close(got, exact[some], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("plan", ["sweep", "keep", "recompute"])
+@pytest.mark.parametrize("average", [False, True])
+def test_token_weights_in_the_loss(backend: str, plan: str, average: bool) -> None:
+    """Both modules, every plan of the linear one."""
+    inputs, labels, ref = test_linear_pairs.batch(torch.float64)
+    ids, weights = test_linear_pairs.ids(), torch.linspace(0, 1, labels.numel()).double().reshape(labels.shape)
+    options = {"average_log_prob": average, "backend": backend}
+    of_logits = gk.GroupRobustLoss(test_linear_pairs.group_weights(), **options)
+    expected = of_logits(F.linear(*inputs), labels, ids, ref, token_weights=weights)
+    of_hidden = gk.LinearGroupRobustLoss(test_linear_pairs.group_weights(), plan=plan, **options)
+    got = of_hidden(*inputs[:2], labels, ids, ref, inputs[2], token_weights=weights)
+    assert not torch.allclose(of_logits(F.linear(*inputs), labels, ids, ref).chosen_logps, expected.chosen_logps)
+    torch.testing.assert_close(got.chosen_logps, expected.chosen_logps)
+    exact = torch.autograd.grad(expected.loss, inputs)
+    for one, other in zip(torch.autograd.grad(got.loss, inputs), exact, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-11, atol=1e-12)
+
+
+def test_bad_token_weights() -> None:
+    logits, labels = batch()
+    for weights, error, message in (
+        ([1.0], TypeError, "token_weights must be a torch.Tensor, got list"),
+        (torch.ones(6), ValueError, r"token_weights must have labels' shape \(6, 7\), got \(6,\)"),
+        (torch.ones(6, 7).requires_grad_(), ValueError, "pass token_weights.detach()"),
+        (torch.ones(6, 7, dtype=torch.int64), TypeError, "token_weights must be float32"),
+    ):
+        with pytest.raises(error, match=message):
+            gk.sequence_logps(logits, labels, token_weights=weights)
