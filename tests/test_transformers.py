@@ -46,6 +46,10 @@ FAMILIES = {  # name: (options, expected head)
 }
 
 
+# The same hidden states to the bit, then sums of 16 products and of 60 exponentials in float64, up to 100 in size.
+EXACT = {"rtol": 0, "atol": 100 * 60 * 2**-50}
+
+
 def model_of(family: str, dtype: torch.dtype = torch.float32) -> Any:
     torch.manual_seed(0)
     options = GPT2 if family == "GPT2" else {**SIZES, **FAMILIES[family][0]}
@@ -78,13 +82,13 @@ def test_head_is_found(family: str) -> None:
 
 @pytest.mark.parametrize("family", list(FAMILIES))
 def test_hidden_and_head_make_the_logits(family: str) -> None:
-    model = model_of(family).eval()
+    model = model_of(family, torch.float64).eval()
     inputs = {key: value for key, value in batch().items() if key != "labels"}
     hidden, weight, bias, head = hf.hidden_and_head(model, hf.find_head(model), **inputs)
     made = head.of(torch.nn.functional.linear(hidden, weight, bias))
     expected = model(**inputs).logits
     assert expected.std() > 0.1
-    torch.testing.assert_close(made, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(made, expected, **EXACT)
     tied = model.get_input_embeddings().weight is weight
     assert tied is bool(model.config.tie_word_embeddings)
 
@@ -92,7 +96,7 @@ def test_hidden_and_head_make_the_logits(family: str) -> None:
 @pytest.mark.parametrize("family", list(FAMILIES))
 def test_both_paths_give_the_model_s_own_log_probabilities(family: str) -> None:
     """Values and the gradient of every parameter, against the model's logits in eager PyTorch."""
-    model = model_of(family).eval()
+    model = model_of(family, torch.float64).eval()
     inputs = batch()
     labels = inputs["labels"]
     logps = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits[:, :-1].log_softmax(-1)
@@ -105,13 +109,15 @@ def test_both_paths_give_the_model_s_own_log_probabilities(family: str) -> None:
         model.zero_grad()
         hf.add_sequence_logps(model, head)
         got = model(**inputs, sequence_logps=True)
-        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-4)
+        torch.testing.assert_close(got, expected, **EXACT)
         (got * torch.arange(1.0, 5.0)).sum().backward()
         for name, parameter in model.named_parameters():
             if gradients[name] is None:
                 continue
-            rounding = 1e-6 * largest  # the gradient of a key's bias is 0 but for rounding
-            torch.testing.assert_close(parameter.grad, gradients[name], rtol=2e-5, atol=rounding, msg=name)
+            # Norms compute in float32 in every dtype: a difference of 1e-16 may round the other way, by 2**-23, in each
+            # of at most four norms on the way back, in a sum of 28 rows.
+            rounding = 4 * 28 * 2**-23 * largest
+            torch.testing.assert_close(parameter.grad, gradients[name], rtol=0, atol=rounding, msg=name)
 
 
 def test_without_the_flag_the_forward_is_as_before() -> None:
