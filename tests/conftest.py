@@ -21,6 +21,12 @@ import simulated_cuda
 import grpo_kernels as gk
 from grpo_kernels.kernels import dispatch
 
+# `make test-cpus`: the extension, too, takes no newer instructions than PyTorch is told to take.
+if not gk.backends()["cpp"] and (capability := os.environ.get("ATEN_CPU_CAPABILITY")):
+    from grpo_kernels.kernels import native
+
+    native.INSTRUCTION_SET = {"default": "baseline"}.get(capability, capability)
+
 SIMULATED = "cuda-simulated"  # the CUDA kernels on the CPU, for every test that takes the backend fixture
 if simulated_cuda.missing() is None:
     dispatch.BACKENDS.append(
@@ -54,6 +60,33 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     torch.set_default_device(device)
     yield name
     torch.set_default_device("cpu")
+
+
+def _in_interpreter(item: pytest.Item) -> bool:
+    return hasattr(item, "callspec") and item.callspec.params.get("backend") == ("triton", "cpu")
+
+
+def _is_taken(item: pytest.Item) -> bool:
+    mark = item.get_closest_marker("interpreted")
+    if mark is None or not _in_interpreter(item):
+        return True
+    allowed = {name: kept if isinstance(kept, list) else [kept] for name, kept in mark.kwargs.items()}
+    return all(item.callspec.params[name] in kept for name, kept in allowed.items())
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_pycollect_makeitem(name: str) -> Iterator[None]:
+    """Of a test marked ``interpreted(option=values, ...)`` Triton's interpreter gets the cases with these values only.
+
+    A launch takes it a tenth of a second. Such a test varies what happens between launches; the interpreted kernels
+    are seen by one case of each kind, and Triton on a GPU and all other backends get every case.
+    """
+    made = yield
+    if not isinstance(made, list):
+        return made
+    taken = [item for item in made if _is_taken(item)]
+    assert any(map(_in_interpreter, taken)) == any(map(_in_interpreter, made)), f"{name}: no case is left for Triton"
+    return taken
 
 
 def one_rounding(dtype: torch.dtype, backend: str) -> float:

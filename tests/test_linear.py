@@ -23,6 +23,7 @@ def linear_inputs(dtype: torch.dtype, bias: bool = True) -> list[Tensor]:
     return [torch.randn(*shape, dtype=torch.float64).to(dtype).requires_grad_() for shape in shapes]
 
 
+@pytest.mark.interpreted(bias=True, elements=1 << 23)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("elements", [13, 1 << 23])
@@ -80,6 +81,7 @@ def test_linear_skips_what_is_frozen(monkeypatch: pytest.MonkeyPatch) -> None:
 PLANS = {"recompute": ("recompute", 0), "keep some": ("auto", 13 * 8 * 26), "keep all": ("keep", 1 << 20)}
 
 
+@pytest.mark.interpreted(dtype=torch.float32, chunk_rows=4)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("chunk_rows", [1, 4, 1000])
 @pytest.mark.parametrize("plan", PLANS)
@@ -200,6 +202,7 @@ def test_linear_options_are_checked() -> None:
             gk.LinearGroupRobustLoss(gk.GroupWeights(2, estimator="group_mean", step_size=1.0), **options)
 
 
+@pytest.mark.interpreted(dtype=torch.bfloat16, plan="keep some", softcap=2.0)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("plan", PLANS)
 @pytest.mark.parametrize(("logit_scale", "softcap"), [(0.25, None), (1.0, 2.0), (-1.5, 3.0)])

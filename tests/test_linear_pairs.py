@@ -96,6 +96,7 @@ def sweeping_backend(backend: str) -> str:
     return backend
 
 
+@pytest.mark.interpreted(dtype=torch.float32, chunk_rows=20, estimator="importance")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("chunk_rows", [1, 20, 1000])
 @pytest.mark.parametrize("estimator", ["importance", "group_mean"])

@@ -76,8 +76,25 @@ def test_make_targets_run_what_the_readme_says(target: str, runs: str) -> None:
     assert f"mine {runs}" in bare.stdout or "mine -m" in bare.stdout
 
 
+@pytest.mark.skipif(shutil.which("make") is None, reason="there is no make here")
+def test_the_tests_as_on_older_processors() -> None:
+    """CONTRIBUTING.md's `make test-cpus`: all tests, or the files of FEW, with the instructions of two older ones."""
+    for few in ([], ["FEW=1"]):
+        command = ["make", "-n", "test-cpus", "VENV=", "PYTHON=mine", "PARALLEL=-n 1", *few]
+        shown = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+        sse, avx2 = (shlex.split(line) for line in shown.splitlines())
+        assert sse[:3] == ["ATEN_CPU_CAPABILITY=default", "ONEDNN_MAX_CPU_ISA=SSE41", "OMP_NUM_THREADS=1"]
+        assert avx2[:2] == ["ATEN_CPU_CAPABILITY=avx2", "ONEDNN_MAX_CPU_ISA=AVX2"]
+        assert sse[3:] == avx2[2:]
+        assert sse[3:8] == ["mine", "-m", "pytest", "-n", "1"]
+        files = [word for word in sse if word.startswith("tests/")]
+        assert bool(files) == bool(few)
+        assert all((ROOT / file).exists() for file in files)
+
+
 def test_ci_calls_the_test_command() -> None:
-    assert "make test" in (ROOT / ".ci" / "run").read_text()
+    commands = (ROOT / ".ci" / "run").read_text().splitlines()
+    assert commands.index("make test") < commands.index("make test-cpus FEW=1")
 
 
 def test_doctor() -> None:
