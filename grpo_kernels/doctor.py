@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from grpo_kernels._version import __version__
-from grpo_kernels.functional import MAX_EXTRA_BYTES
 from grpo_kernels.kernels import dispatch, linear_plan
+from grpo_kernels.kernels.linear_plan import MAX_EXTRA_BYTES
 
 PACKAGES = ("torch", "triton", "numpy", "transformers", "tokenizers", "trl", "matplotlib", "rich")
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Unpack
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
@@ -15,9 +15,9 @@ from grpo_kernels.kernels import dispatch, ops
 from grpo_kernels.kernels.autograd import LinearPairLogps, LinearTokenLogps, PairLosses, TokenLogps
 from grpo_kernels.kernels.linear import LinearHead
 from grpo_kernels.kernels.linear_pairs import Forecast
-from grpo_kernels.kernels.linear_plan import MAX_EXTRA_BYTES, Budget, plan_for
+from grpo_kernels.kernels.linear_plan import BUDGET_OPTIONS, Budget, plan_for
 from grpo_kernels.pair_losses import PAIR_LOSSES
-from grpo_kernels.types import RowOptions, TokenOptions
+from grpo_kernels.types import LinearOptions, LinearTokenOptions, RowOptions, TokenOptions
 
 
 def sequence_logps(
@@ -104,13 +104,8 @@ def linear_sequence_logps(
     labels: Tensor,
     *,
     bias: Tensor | None = None,
-    logit_scale: float = 1.0,
-    softcap: float | None = None,
-    max_extra_bytes: int = MAX_EXTRA_BYTES,
-    plan: str = "auto",
-    accumulate_dtype: torch.dtype = torch.float32,
     backend: str = "auto",
-    **options: Unpack[RowOptions],
+    **options: Unpack[LinearOptions],
 ) -> Tensor:
     """`sequence_logps` of the logits ``z = logit_scale * (hidden @ weight.T + bias)``, or
     ``softcap * tanh(z / softcap)``, without ever holding them.
@@ -121,12 +116,13 @@ def linear_sequence_logps(
             autocast's; the gradient is summed in ``accumulate_dtype`` and comes in the weight's own.
         labels, backend and all other options: as in `sequence_logps`.
         bias: (V,) or None.
-        logit_scale: finite number other than 0 (Cohere, Granite; one over a temperature).
+        logit_scale: finite number other than 0 (Cohere, Granite; one over a temperature). 1.
         softcap: positive number or None (Gemma 2's ``final_logit_softcapping``).
         max_extra_bytes: memory for logits of a chunk, and for what is kept from forward to backward to save a matrix
-            product; gradients come on top. See `grpo_kernels.kernels.linear_plan`.
-        plan: "auto", or "keep" or "recompute" to force it.
-        accumulate_dtype: of the sums over chunks that make the weight's gradient; torch.float32 or torch.bfloat16.
+            product; gradients come on top. 512 MiB. See `grpo_kernels.kernels.linear_plan`.
+        plan: "auto" (the default), or "keep" or "recompute" to force it.
+        accumulate_dtype: of the sums over chunks that make the weight's gradient; torch.float32 (the default) or
+            torch.bfloat16.
         vocab_shard: weight and bias are this rank's rows; hidden is the same on every rank of the shard's group (or
             this rank's part of the positions, ``VocabShard(sequence_parallel=True)``), and its gradient is summed
             over them. A weight that is a DTensor sharded on V says so itself where hidden is a DTensor, too.
@@ -142,9 +138,8 @@ def linear_sequence_logps(
         >>> linear_sequence_logps(torch.zeros(1, 3, 2), torch.ones(4, 2), torch.tensor([[1, 2, -100]]))
         tensor([-2.7726])
     """
-    head = checked_head(weight, bias, logit_scale, softcap)
-    budget = Budget(max_extra_bytes, plan, accumulate_dtype)
-    hidden, head, rows = rows_of_hidden(hidden, head, labels, options)
+    head, budget, row_options = checked_head_and_budget(weight, bias, {**options})
+    hidden, head, rows = rows_of_hidden(hidden, head, labels, row_options)
     return linear_logps(hidden, head, rows, budget, backend_of("hidden", hidden, backend))
 
 
@@ -154,13 +149,8 @@ def linear_token_logps(
     labels: Tensor,
     *,
     bias: Tensor | None = None,
-    logit_scale: float = 1.0,
-    softcap: float | None = None,
-    max_extra_bytes: int = MAX_EXTRA_BYTES,
-    plan: str = "auto",
-    accumulate_dtype: torch.dtype = torch.float32,
     backend: str = "auto",
-    **options: Unpack[TokenOptions],
+    **options: Unpack[LinearTokenOptions],
 ) -> Tensor:
     """`token_logps` from hidden states and the head's weight: what losses of single tokens start from.
 
@@ -175,20 +165,19 @@ def linear_token_logps(
         >>> linear_token_logps(torch.zeros(3, 2), torch.ones(4, 2), torch.tensor([1, 2, -100]))
         tensor([-1.3863, -1.3863,  0.0000])
     """
-    validation.check_option_names(options, TokenOptions)
-    head = checked_head(weight, bias, logit_scale, softcap)
-    budget = Budget(max_extra_bytes, plan, accumulate_dtype)
+    validation.check_option_names(options, LinearTokenOptions)
+    head, budget, row_options = checked_head_and_budget(weight, bias, {**options})
     validation.check_tensor("hidden", hidden)
     validation.check_tensor("labels", labels)
     shape = labels.shape
-    if hidden.dim() != 3 and options.get("cu_seqlens") is None:
-        if options.get("shift_labels"):
+    if hidden.dim() != 3 and row_options.get("cu_seqlens") is None:
+        if row_options.get("shift_labels"):
             raise ValueError(
                 f"shift_labels needs sequences: hidden (S, T, D), or cu_seqlens; got hidden {tuple(hidden.shape)}"
             )
         validation.check_one_label_a_row("hidden", hidden, labels)
         hidden, labels = hidden.reshape(1, -1, hidden.shape[-1]), labels.reshape(1, -1)
-    hidden, head, rows = rows_of_hidden(hidden, head, labels, options)
+    hidden, head, rows = rows_of_hidden(hidden, head, labels, row_options)
     entry = backend_of("hidden", hidden, backend)
     if entry.module is None:
         return _token_logps(_whole_logits(hidden, head), rows, False, entry).view(shape)
@@ -270,6 +259,15 @@ def logps_of_rows(logits: Tensor, rows: Rows, inplace_backward: bool, entry: dis
     return _sums_over_sequences(_token_logps(logits, rows, inplace_backward, entry), rows)
 
 
+def checked_head_and_budget(
+    weight: Tensor, bias: Tensor | None, options: dict[str, Any]
+) -> tuple[LinearHead, Budget, dict[str, Any]]:
+    """And the options that are left: those of rows."""
+    head = checked_head(weight, bias, options.pop("logit_scale", 1.0), options.pop("softcap", None))
+    of_budget = {name: options.pop(name) for name in BUDGET_OPTIONS if name in options}
+    return head, Budget(**of_budget), options
+
+
 def checked_head(weight: Tensor, bias: Tensor | None, logit_scale: float, softcap: float | None) -> LinearHead:
     validation.check_float_tensor("weight", weight)
     validation.check_logit_options(logit_scale, softcap)
@@ -277,7 +275,7 @@ def checked_head(weight: Tensor, bias: Tensor | None, logit_scale: float, softca
 
 
 def rows_of_hidden(
-    hidden: Tensor, head: LinearHead, labels: Tensor, options: RowOptions | TokenOptions
+    hidden: Tensor, head: LinearHead, labels: Tensor, options: RowOptions | dict[str, Any]
 ) -> tuple[Tensor, LinearHead, Rows]:
     """The rank's own hidden states and head, under autocast in its dtype, and their rows."""
     validation.check_float_tensor("hidden", hidden)

@@ -28,7 +28,7 @@ from grpo_kernels.kernels.autograd import FusedGroupRobustLoss
 from grpo_kernels.kernels.linear_plan import MAX_EXTRA_BYTES, Budget
 from grpo_kernels.pair_losses import PAIR_LOSSES
 from grpo_kernels.segments import segment_sum
-from grpo_kernels.types import IGNORE_INDEX, GroupRobustOutput, PairOptions, RowOptions, VocabShard
+from grpo_kernels.types import IGNORE_INDEX, GroupRobustOutput, LossOptions, PairOptions, RowOptions, VocabShard
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -210,14 +210,14 @@ class GroupRobustLoss(_GroupRobustLossBase):
 
     Args:
         group_weights: the `GroupWeights` that hold alpha. They may be shared by several losses.
-        beta: positive number; the strength of the pull towards the reference policy.
-        loss_type: "sigmoid" (GR-DPO), "ipo" (GR-IPO), "hinge" or "robust".
-        label_smoothing: in [0, 1/2), for "sigmoid" and "robust".
-        reference_free: leave the reference policy out; ``ref_logps`` must then be None.
-        average_log_prob: divide log-probabilities by the number of counted tokens (TRL does so for IPO).
-        ignore_index: label of positions that do not count.
-        shift_labels: True where ``logits[:, t]`` predicts ``labels[:, t + 1]`` (Hugging Face).
         inplace_backward: write the gradient over the logits; see `sequence_logps`.
+        beta: positive number; the strength of the pull towards the reference policy. 0.1.
+        loss_type: "sigmoid" (GR-DPO, the default), "ipo" (GR-IPO), "hinge" or "robust".
+        label_smoothing: in [0, 1/2), for "sigmoid" and "robust". 0.
+        reference_free: leave the reference policy out; ``ref_logps`` must then be None. False.
+        average_log_prob: divide log-probabilities by the number of counted tokens (TRL does so for IPO). False.
+        ignore_index: label of positions that do not count. -100.
+        shift_labels: True where ``logits[:, t]`` predicts ``labels[:, t + 1]`` (Hugging Face). False.
         vocab_shard, context_group: where the vocabulary or the positions are sharded over ranks; see `sequence_logps`.
         backend: "auto" or a name from `grpo_kernels.backends`.
 
@@ -230,34 +230,9 @@ class GroupRobustLoss(_GroupRobustLossBase):
     """
 
     def __init__(
-        self,
-        group_weights: GroupWeights,
-        *,
-        beta: float = 0.1,
-        loss_type: str = "sigmoid",
-        label_smoothing: float = 0.0,
-        reference_free: bool = False,
-        average_log_prob: bool = False,
-        ignore_index: int = IGNORE_INDEX,
-        shift_labels: bool = False,
-        inplace_backward: bool = False,
-        vocab_shard: VocabShard | None = None,
-        context_group: ProcessGroup | None = None,
-        backend: str = "auto",
+        self, group_weights: GroupWeights, *, inplace_backward: bool = False, **options: Unpack[LossOptions]
     ) -> None:
-        super().__init__(
-            group_weights,
-            beta=beta,
-            loss_type=loss_type,
-            label_smoothing=label_smoothing,
-            reference_free=reference_free,
-            average_log_prob=average_log_prob,
-            ignore_index=ignore_index,
-            shift_labels=shift_labels,
-            vocab_shard=vocab_shard,
-            context_group=context_group,
-            backend=backend,
-        )
+        super().__init__(group_weights, **options)
         self.inplace_backward = inplace_backward
 
     def forward(
@@ -344,7 +319,7 @@ class LinearGroupRobustLoss(_GroupRobustLossBase):
         max_extra_bytes: int = MAX_EXTRA_BYTES,
         plan: str = "auto",
         accumulate_dtype: torch.dtype = torch.float32,
-        **options: Any,
+        **options: Unpack[LossOptions],
     ) -> None:
         super().__init__(group_weights, **options)
         validation.check_logit_options(logit_scale, softcap)

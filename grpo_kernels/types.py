@@ -54,6 +54,35 @@ class RowOptions(TokenOptions, total=False):
     context_group: ProcessGroup | None
 
 
+class LinearTokenOptions(TokenOptions, total=False):
+    """Keyword options of the linear path; `grpo_kernels.linear_sequence_logps` says what they mean."""
+
+    logit_scale: float
+    softcap: float | None
+    max_extra_bytes: int
+    plan: str
+    accumulate_dtype: torch.dtype
+
+
+class LinearOptions(LinearTokenOptions, RowOptions, total=False):
+    """And those of sums over a sequence."""
+
+
+class LossOptions(TypedDict, total=False):
+    """Keyword options of both losses; `grpo_kernels.GroupRobustLoss` says what they mean."""
+
+    beta: float
+    loss_type: str
+    label_smoothing: float
+    reference_free: bool
+    average_log_prob: bool
+    ignore_index: int
+    shift_labels: bool
+    vocab_shard: VocabShard | None
+    context_group: ProcessGroup | None
+    backend: str
+
+
 class PairOptions(TypedDict, total=False):
     """Keyword options of a loss's forward; `grpo_kernels.GroupRobustLoss.forward` says what they mean."""
 

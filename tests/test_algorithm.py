@@ -87,7 +87,7 @@ def test_projection_holds_after_each_step() -> None:
 
 
 def test_log_probabilities_of_a_network_and_any_optimizer() -> None:
-    """A policy of two layers that returns (2B,) log-probabilities, with a reference and Adam; the loss falls."""
+    """A policy of two layers that returns (2B,) log-ratios against a reference, and Adam; the loss falls."""
     torch.manual_seed(0)
     network = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 5))
     rows, chosen = torch.randn(10, 4), torch.randint(0, 5, (10,))
@@ -101,13 +101,12 @@ def test_log_probabilities_of_a_network_and_any_optimizer() -> None:
     losses = []
     loss_fn = gk.GroupRobustLoss(gk.GroupWeights(group_sizes=SIZES, step_size=0.05), beta=1.0)
     algorithm.run_algorithm(
-        logps,
+        lambda indices: logps(indices) - reference[:, indices].flatten(),
         IDS,
         loss_fn,
         torch.optim.Adam(network.parameters(), lr=0.01),
         steps=150,
         batch_size=5,
-        ref_logps=reference,
         on_step=lambda step, out: losses.append(out.pair_losses.detach().mean().item()),
     )
     assert losses[0] == pytest.approx(math.log(2), abs=1e-6)
@@ -174,5 +173,5 @@ def test_weights_of_other_groups_and_scores_of_a_wrong_shape() -> None:
     with pytest.raises(ValueError, match=r"must have estimator='importance' and group_sizes=\[2, 7, 1\]"):
         algorithm.run_algorithm(lambda i: theta.expand(len(i)), IDS, loss_fn, optimizer, steps=1)
     loss_fn = gk.GroupRobustLoss(gk.GroupWeights(group_sizes=SIZES, step_size=0.1))
-    with pytest.raises(ValueError, match=r"policy must return \(1,\) margins or \(2,\) log-probabilities"):
+    with pytest.raises(ValueError, match=r"policy must return \(1,\) margins or \(2,\) log-ratios"):
         algorithm.run_algorithm(lambda i: theta.expand(3), IDS, loss_fn, optimizer, steps=1)

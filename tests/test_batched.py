@@ -7,7 +7,15 @@ import torch
 
 import grpo_kernels as gk
 from grpo_kernels.paper.bandit import draw_bandit
-from grpo_kernels.paper.batched import METHODS, Method, PairBatch, closed_form_step, gradient_step, run_full_batch
+from grpo_kernels.paper.batched import (
+    METHODS,
+    Method,
+    PairBatch,
+    Setting,
+    closed_form_step,
+    gradient_step,
+    run_full_batch,
+)
 
 MIXED = Method("chi=0.4", 0.4)
 ALL = (*METHODS, MIXED)
@@ -39,8 +47,8 @@ def output(pairs, theta, weights, loss_type: str, beta: float) -> gk.GroupRobust
 def test_gradient_runs_are_group_robust_loss_step_by_step(bandits, loss_type: str) -> None:
     train, validation, start = batches(bandits)
     beta, rate, step_size = (1.0, 0.9, 0.5) if loss_type == "sigmoid" else (0.1, 0.01, 0.01)
-    options = {"loss_type": loss_type, "beta": beta, "step_size": step_size, "iterations": STEPS, "record_every": 1}
-    runs = run_full_batch(train, validation, start, ALL, gradient_step(train, loss_type, beta, rate), **options)
+    step, setting = gradient_step(train, loss_type, beta, rate), Setting(loss_type, beta, step_size)
+    runs = run_full_batch(train, validation, start, ALL, step, setting, iterations=STEPS, record_every=1)
     assert runs.iterations == list(range(STEPS + 1))
     for d, data in enumerate(bandits):
         for m, method in enumerate(ALL):
@@ -63,8 +71,8 @@ def test_gradient_runs_are_group_robust_loss_step_by_step(bandits, loss_type: st
 def test_closed_form_runs_are_the_formula_step_by_step(bandits) -> None:
     train, validation, start = batches(bandits)
     beta, step_size = 0.1, 0.01
-    options = {"loss_type": "ipo", "beta": beta, "step_size": step_size, "iterations": STEPS, "record_every": 1}
-    runs = run_full_batch(train, validation, start, ALL, closed_form_step(train, beta), **options)
+    step, setting = closed_form_step(train, beta), Setting("ipo", beta, step_size)
+    runs = run_full_batch(train, validation, start, ALL, step, setting, iterations=STEPS, record_every=1)
     for d, data in enumerate(bandits):
         rows, ids = data.train.differences, data.train.group_ids
         for m, method in enumerate(ALL):
@@ -84,10 +92,8 @@ def test_closed_form_runs_are_the_formula_step_by_step(bandits) -> None:
 def test_closed_form_robust_ipo_stays_at_the_minimax_point(bandits) -> None:
     """Dividing by the counts twice would drift away; here the group losses become equal and alpha rests."""
     train, validation, start = batches(bandits[:1])
-    options = {"loss_type": "ipo", "beta": 0.1, "step_size": 0.01, "record_every": 1000}
-    runs = run_full_batch(
-        train, validation, start, METHODS[2:], closed_form_step(train, 0.1), iterations=3000, **options
-    )
+    step, setting = closed_form_step(train, 0.1), Setting("ipo", 0.1, 0.01)
+    runs = run_full_batch(train, validation, start, METHODS[2:], step, setting, iterations=3000, record_every=1000)
     losses = train.group_losses(runs.theta, "ipo", 0.1)[0, 0]
     torch.testing.assert_close(losses[0], losses[1], rtol=1e-6, atol=0)
     torch.testing.assert_close(runs.alphas[-1], runs.alphas[-2], rtol=1e-6, atol=0)
@@ -97,8 +103,8 @@ def test_closed_form_robust_ipo_stays_at_the_minimax_point(bandits) -> None:
 
 def test_chi_zero_is_importance_sampling(bandits) -> None:
     train, validation, start = batches(bandits)
-    options = {"loss_type": "sigmoid", "beta": 1.0, "step_size": 0.5, "iterations": 50, "record_every": 50}
+    step, setting = gradient_step(train, "sigmoid", 1.0, 0.9), Setting("sigmoid", 1.0, 0.5)
     methods = (METHODS[1], Method("chi=0", 0.0))
-    runs = run_full_batch(train, validation, start, methods, gradient_step(train, "sigmoid", 1.0, 0.9), **options)
+    runs = run_full_batch(train, validation, start, methods, step, setting, iterations=50, record_every=50)
     assert torch.equal(runs.theta[:, 0], runs.theta[:, 1])
     assert torch.equal(runs.alphas[-1], torch.full((2, 2, 2), 0.5, dtype=torch.float64))

@@ -173,7 +173,7 @@ def test_sweep_takes_three_products(rate: float) -> None:
     inputs, options = sweep_arguments(torch.bfloat16, 20, rate)
     one_product = 2 * int(inputs[3].counted.sum()) * HIDDEN * VOCAB
     with FlopCounterMode(display=False) as counter:
-        swept = linear_pairs.sweep_forward(*inputs, *options)
+        swept = linear_pairs.Sweep(*inputs, *options).run()
     assert counter.get_total_flops() == 3 * one_product
     with FlopCounterMode(display=False) as counter:
         sweep_back(5 * swept.forecast.float(), inputs, swept, options[-1])
@@ -215,8 +215,8 @@ def test_only_the_weights_ratios_matter() -> None:
     """A million groups or a large data set make every offset very negative: e^-500 must not underflow."""
     inputs, options = sweep_arguments(torch.float32, 20)
     pairs, forecast, plan = options
-    swept = linear_pairs.sweep_forward(*inputs, *options)
-    small = linear_pairs.sweep_forward(*inputs, pairs, forecast._replace(offsets=forecast.offsets - 500), plan)
+    swept = linear_pairs.Sweep(*inputs, *options).run()
+    small = linear_pairs.Sweep(*inputs, pairs, forecast._replace(offsets=forecast.offsets - 500), plan).run()
     torch.testing.assert_close(small.forecast, swept.forecast)
     torch.testing.assert_close(small.dweight, swept.dweight)
 
@@ -226,9 +226,9 @@ def test_pairs_longer_than_a_chunk(moving: bool) -> None:
     """They are computed again in the backward; their losses count for their group's weight all the same."""
     cut = 12  # rows; pairs have 7 to 14
     inputs, options = sweep_arguments(torch.float64, cut, 0.1 if moving else 0.0)
-    swept = linear_pairs.sweep_forward(*inputs, *options)
+    swept = linear_pairs.Sweep(*inputs, *options).run()
     long_chunks = replace(options[-1], chunk_rows=1000)
-    whole = linear_pairs.sweep_forward(*inputs, *options[:-1], long_chunks)
+    whole = linear_pairs.Sweep(*inputs, *options[:-1], long_chunks).run()
     assert 0 < int(swept.is_swept.sum()) < 2 * NUM_PAIRS
     torch.testing.assert_close(swept.logps, whole.logps)
     seen = swept.forecast[swept.is_swept], whole.forecast[swept.is_swept]
@@ -289,7 +289,7 @@ def test_long_pairs_go_in_chunks_of_full_size(monkeypatch: pytest.MonkeyPatch) -
         "token_logps_forward",
         lambda logits, *rest: (sizes.append(len(logits)), original(logits, *rest))[1],
     )
-    linear_pairs.sweep_forward(*inputs, *options)
+    linear_pairs.Sweep(*inputs, *options).run()
     assert sizes[0] == 12
 
 

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from grpo_kernels.bench.cases import LinearCase
 from grpo_kernels.bench.suite import Contender, Operation, Suite, always, needs, needs_backend
-from grpo_kernels.functional import MAX_EXTRA_BYTES
 from grpo_kernels.groups.weights import GroupWeights
+from grpo_kernels.kernels.linear_plan import MAX_EXTRA_BYTES
 from grpo_kernels.losses import LinearGroupRobustLoss
 
 BETA = 0.1

@@ -49,7 +49,7 @@ class Forecast(NamedTuple):
 
 
 class Swept(NamedTuple):
-    """What `sweep_forward` gives. A gradient that nobody asks for has no rows."""
+    """What a `Sweep` gives. A gradient that nobody asks for has no rows."""
 
     logps: Tensor  # (2B,)
     lse: Tensor  # (N, 2)
@@ -119,20 +119,8 @@ def _packed(blocks: Iterable[list[int]], lengths: Sequence[int], chunk_rows: int
     return packed
 
 
-def sweep_forward(
-    kernels: KernelBackend,
-    hidden: Tensor,
-    head: LinearHead,
-    rows: Rows,
-    pairs: Pairs,
-    forecast: Forecast,
-    plan: LinearPlan,
-) -> Swept:
-    return _Sweep(kernels, hidden, head, rows, pairs, forecast, plan).run()
-
-
-class _Sweep:
-    """The tensors that one sweep fills, chunk by chunk."""
+class Sweep:
+    """The forward: one sweep over the batch, and the tensors that it fills chunk by chunk."""
 
     def __init__(
         self,
@@ -169,6 +157,7 @@ class _Sweep:
         self.pairs_seen = 0
 
     def run(self) -> Swept:
+        """Once."""
         lengths = [
             sum(self.ends[s] - self.starts[s] for s in (pair, pair + self.num_pairs)) for pair in range(self.num_pairs)
         ]

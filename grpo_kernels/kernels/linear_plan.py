@@ -27,6 +27,7 @@ from grpo_kernels.batch import Rows
 from grpo_kernels.kernels.linear import LinearHead
 
 MAX_EXTRA_BYTES = 512 << 20
+BUDGET_OPTIONS = ("max_extra_bytes", "plan", "accumulate_dtype")
 PLANS = ("none", "frozen", "sweep", "keep", "recompute")
 
 # Logits of a chunk on a CPU: 32 MiB in float32, enough rows to keep the matrix products efficient.

@@ -135,7 +135,7 @@ def _linear_backward_fake(upstream: Tensor, hidden: Tensor, *flat: Any) -> tuple
 
 def _linear_pair_logps(hidden: Tensor, *flat: Any) -> tuple[Tensor, ...]:
     head, rows, plan, pairs, forecast, (backend,) = split(flat, HEAD, ROWS, PLAN, PAIRS, FORECAST)
-    return linear_pairs.sweep_forward(dispatch.kernels_of(backend), hidden, head, rows, pairs, forecast, plan)
+    return linear_pairs.Sweep(dispatch.kernels_of(backend), hidden, head, rows, pairs, forecast, plan).run()
 
 
 def _linear_pair_logps_fake(hidden: Tensor, *flat: Any) -> tuple[Tensor, ...]:
@@ -173,7 +173,7 @@ def _group_robust_loss_fake(logits: Tensor, *flat: Any) -> tuple[Tensor, ...]:
     return GroupRobustTables.empty(logits, rows, groups.log_alpha.shape[0])
 
 
-def _group_robust_loss_backward_into(out: Tensor, *arguments: Any) -> None:
+def _group_robust_loss_backward_into(out: Tensor, arguments: tuple[Any, ...]) -> None:
     *upstream, logits, lse, row_sequence, sequences, pairs, group_ids, labels, ignore_index, backend = arguments
     scale, factor = group_robust.token_gradients(tuple(upstream), sequences, pairs, group_ids)
     packed = labels.dim() == 1
@@ -189,39 +189,25 @@ def _group_robust_loss_backward_into(out: Tensor, *arguments: Any) -> None:
     )
 
 
-def _group_robust_loss_backward(
-    dloss: Tensor | None,
-    dsequences: Tensor | None,
-    dpairs: Tensor | None,
-    dgroups: Tensor | None,
-    logits: Tensor,
-    *of_tables: Any,
-) -> Tensor:
-    dlogits = logits.new_empty(logits.shape)
-    _group_robust_loss_backward_into(dlogits, dloss, dsequences, dpairs, dgroups, logits, *of_tables)
+def _logits_of(arguments: tuple[Any, ...]) -> Tensor:
+    """They stand behind the gradients of loss, sequences, pairs and groups."""
+    logits: Tensor = arguments[4]
+    return logits
+
+
+def _group_robust_loss_backward(*arguments: Any) -> Tensor:
+    dlogits = _group_robust_loss_backward_fake(*arguments)
+    _group_robust_loss_backward_into(dlogits, arguments)
     return dlogits
 
 
-def _group_robust_loss_backward_fake(
-    dloss: Tensor | None,
-    dsequences: Tensor | None,
-    dpairs: Tensor | None,
-    dgroups: Tensor | None,
-    logits: Tensor,
-    *_: Any,
-) -> Tensor:
+def _group_robust_loss_backward_fake(*arguments: Any) -> Tensor:
+    logits = _logits_of(arguments)
     return logits.new_empty(logits.shape)
 
 
-def _group_robust_loss_backward_inplace(
-    dloss: Tensor | None,
-    dsequences: Tensor | None,
-    dpairs: Tensor | None,
-    dgroups: Tensor | None,
-    logits: Tensor,
-    *of_tables: Any,
-) -> None:
-    _group_robust_loss_backward_into(logits, dloss, dsequences, dpairs, dgroups, logits, *of_tables)
+def _group_robust_loss_backward_inplace(*arguments: Any) -> None:
+    _group_robust_loss_backward_into(_logits_of(arguments), arguments)
 
 
 _OPERATORS = (

@@ -25,7 +25,7 @@ Projection = Callable[[Tensor], Tensor]
 """theta (..., n) -> its nearest point of Theta, for each vector of the last dimension."""
 
 Policy = Callable[[Tensor], Tensor]
-"""Indices (B,) of pairs -> log-probabilities (2B,), chosen first, or margins h (B,) against the reference policy."""
+"""Indices (B,) of pairs -> log-ratios (2B,) against the reference policy, chosen first, or their margins h (B,)."""
 
 SAMPLING = ("group", "uniform")
 
@@ -100,7 +100,6 @@ def run_algorithm(
     batch_size: int = 1,
     sampling: str = "group",
     projection: Projection = identity,
-    ref_logps: Tensor | None = None,
     seed: int = 0,
     on_step: Callable[[int, GroupRobustOutput], None] | None = None,
 ) -> AverageIterates:
@@ -119,8 +118,6 @@ def run_algorithm(
         sampling: "group": g ~ Categorical(N_g / N) (algorithm 1). "uniform": each group alike, and the factor
             N / N_g left out of both steps (algorithm 3).
         projection: P_Theta, applied to the vector of all parameters after each step.
-        ref_logps: (2, N) log-probabilities of the reference policy, chosen first; for a policy that returns
-            log-probabilities, unless ``loss_fn.reference_free``.
         seed: of the draws.
         on_step: called as on_step(t, output of the loss) after each step, t from 1.
 
@@ -152,7 +149,7 @@ def run_algorithm(
         ids = group_ids[indices]
         # N_g / N takes back the importance estimator's N / N_g.
         factors = sizes[ids].double() / sizes.sum() if sampling == "uniform" else None
-        out = _loss(loss_fn, policy(indices), indices, ids, ref_logps, factors)
+        out = _loss(loss_fn, policy(indices), ids, factors)
         optimizer.zero_grad()
         out.loss.backward()
         optimizer.step()
@@ -168,25 +165,16 @@ def run_algorithm(
     return AverageIterates(theta_sum / steps, alpha_sum / steps)
 
 
-def _loss(
-    loss_fn: GroupRobustLoss,
-    scores: Tensor,
-    indices: Tensor,
-    ids: Tensor,
-    ref_logps: Tensor | None,
-    factors: Tensor | None,
-) -> GroupRobustOutput:
-    num_pairs = indices.shape[0]
+def _loss(loss_fn: GroupRobustLoss, scores: Tensor, ids: Tensor, factors: Tensor | None) -> GroupRobustOutput:
+    num_pairs = ids.shape[0]
     if scores.shape not in ((num_pairs,), (2 * num_pairs,)):
         raise ValueError(
-            f"policy must return ({num_pairs},) margins or ({2 * num_pairs},) log-probabilities for {num_pairs} pairs, "
+            f"policy must return ({num_pairs},) margins or ({2 * num_pairs},) log-ratios for {num_pairs} pairs, "
             f"got {tuple(scores.shape)}"
         )
     if scores.shape == (num_pairs,):  # a margin is a log-ratio of the chosen answer against one of 0
         scores = torch.cat([scores, torch.zeros_like(scores)])
-        reference = None if loss_fn.reference_free else torch.zeros_like(scores, requires_grad=False)
-    else:
-        reference = None if ref_logps is None else ref_logps[:, indices].flatten()
+    reference = None if loss_fn.reference_free else torch.zeros_like(scores, requires_grad=False)
     if factors is not None:
         factors = factors.to(scores.dtype)
     return loss_fn.from_logps(scores, ids, reference, weights=factors)

@@ -116,6 +116,15 @@ def closed_form_step(train: PairBatch, beta: float) -> ThetaStep:
     return step
 
 
+@dataclass(frozen=True)
+class Setting:
+    """A pair loss and the step size of alpha."""
+
+    loss_type: str
+    beta: float
+    step_size: float
+
+
 @torch.no_grad()
 def run_full_batch(
     train: PairBatch,
@@ -123,15 +132,13 @@ def run_full_batch(
     theta: Tensor,
     methods: Sequence[Method],
     theta_step: ThetaStep,
+    setting: Setting,
     *,
-    loss_type: str,
-    beta: float,
-    step_size: float,
     iterations: int,
     record_every: int,
     on_record: Callable[[int, float], None] = lambda done, worst_loss: None,
 ) -> Runs:
-    """Each iteration: group losses at theta -> step of alpha (eta = step_size) -> theta_step with the new weights.
+    """Each iteration: group losses at theta -> step of alpha -> theta_step with the new weights.
 
     Args:
         theta: (D, F) where each data set's runs start.
@@ -147,14 +154,14 @@ def run_full_batch(
         if iteration % record_every == 0 or iteration == iterations:
             runs.iterations.append(iteration)
             runs.alphas.append(runs.log_alpha.exp())
-            runs.losses.append(validation.group_losses(runs.theta, loss_type, beta))
+            runs.losses.append(validation.group_losses(runs.theta, setting.loss_type, setting.beta))
             on_record(iteration, float(runs.losses[-1].amax(-1).mean()))
         if iteration == iterations:
             break
         margins = train.margins(runs.theta)
-        losses = PAIR_LOSSES[loss_type].value(margins, beta, 0.0) @ train.membership.mT
+        losses = PAIR_LOSSES[setting.loss_type].value(margins, setting.beta, 0.0) @ train.membership.mT
         runs.log_alpha = moved_log_alpha(
-            runs.log_alpha, chi * losses, present, log_prior, rule="exponentiated_gradient", parameter=step_size
+            runs.log_alpha, chi * losses, present, log_prior, rule="exponentiated_gradient", parameter=setting.step_size
         )
         weights = (1 - chi) * base + chi * runs.log_alpha.exp()
         runs.theta = theta_step(runs.theta, margins, weights)

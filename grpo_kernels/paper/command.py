@@ -29,6 +29,7 @@ from grpo_kernels.paper.batched import (
     Method,
     PairBatch,
     Runs,
+    Setting,
     closed_form_step,
     gradient_step,
     one_thread,
@@ -39,20 +40,17 @@ from grpo_kernels.paper.convergence import bandit_in_a_ball, gap_curve, one_dime
 
 
 @dataclass(frozen=True)
-class Family:
-    """A pair loss with the paper's settings; the methods are named in the order of batched.METHODS."""
+class Family(Setting):
+    """The paper's settings of a pair loss; the methods are named in the order of batched.METHODS."""
 
     name: str
-    loss_type: str
-    beta: float
-    step_size: float
     methods: tuple[str, str, str]
 
 
 RATE = 0.9  # of DPO's gradient steps
 FAMILIES = (
-    Family("DPO", "sigmoid", 1.0, 0.5, ("DPO", "IS-DPO", "GR-DPO")),
-    Family("IPO", "ipo", 0.1, 0.01, ("IPO", "IS-IPO", "GR-IPO")),
+    Family("sigmoid", 1.0, 0.5, "DPO", ("DPO", "IS-DPO", "GR-DPO")),
+    Family("ipo", 0.1, 0.01, "IPO", ("IPO", "IS-IPO", "GR-IPO")),
 )
 CHIS = tuple(i / 10 for i in range(11))
 CHI_SCENARIO = ("iii", "swapped")
@@ -114,9 +112,7 @@ def run_family(
         draws.theta,
         methods,
         step,
-        loss_type=family.loss_type,
-        beta=family.beta,
-        step_size=family.step_size,
+        family,
         iterations=iterations,
         record_every=max(1, iterations // 100),
         on_record=on_record,
