@@ -1,4 +1,5 @@
-# make train: the main job.  make test: lint, types and tests.  Both create .venv with all that they need.
+# make train: the main job.  make test: lint, types and tests.  make docs: the documentation as a site, in build/site.
+# All create .venv with what they need.
 # make test VENV= PYTHON=python uses the current interpreter and installs nothing.
 
 VENV ?= .venv
@@ -6,12 +7,14 @@ PYTHON ?= python3
 ifeq ($(strip $(VENV)),)
 PY := $(PYTHON)
 READY :=
+DOCS_READY :=
 else
 PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
+DOCS_READY := $(VENV)/.docs-ready
 endif
 
-.PHONY: train test test-cpus lint bench plots sanitize gpu-check clean
+.PHONY: train test test-cpus lint docs bench plots sanitize gpu-check clean
 
 train: $(READY)
 	$(PY) -m grpo_kernels train --compare $(ARGS)
@@ -35,6 +38,11 @@ lint: $(READY)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
+
+# Warnings are errors. (The variable silences a notice: Material 9 is maintained until May 2027, its successor reads the
+# same mkdocs.yml.)
+docs: $(DOCS_READY)
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict -q
 
 # The C++ kernels under AddressSanitizer and UndefinedBehaviorSanitizer, in a copy of the package with a build of its own.
 SANITIZED := $(CURDIR)/build/sanitized
@@ -73,6 +81,13 @@ $(VENV)/.ready: pyproject.toml constraints.txt setup.py $(wildcard csrc/* csrc/*
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt torch
 	$(VENV)/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[test]'
+	touch $@
+
+# The extra alone: installing the package once more would build the extension again.
+DOCS_EXTRA := import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"])
+
+$(VENV)/.docs-ready: $(VENV)/.ready
+	$(PY) -c '$(DOCS_EXTRA)' | xargs $(PY) -m pip install -q --disable-pip-version-check -c constraints.txt
 	touch $@
 
 clean:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pkgutil
 import re
 from pathlib import Path
 
@@ -41,6 +42,27 @@ def test_no_block_is_left_out(path: Path) -> None:
             assert set(code.splitlines()) <= SHELL
         else:
             assert name in RUN_HERE | RUN_ELSEWHERE
+
+
+@pytest.mark.parametrize("path", sorted((DOCS / "kernels").glob("*.md")), ids=lambda path: path.stem)
+def test_pages_of_kernels_follow_one_template(path: Path) -> None:
+    headings = re.findall(r"^## (.*)$", path.read_text(), re.M)
+    template = ["Formula", "Shapes", "Numerics", "Traffic", "Where", "Known limitations"]
+    assert [heading for heading in headings if heading in template] == template
+
+
+def test_the_site_has_every_page() -> None:
+    """And the API's pages every public name, and nothing that is not there."""
+    listed = re.findall(r"^ +- (?:\w+: )?(\S+\.md)$", (DOCS.parent / "mkdocs.yml").read_text(), re.M)
+    generated = {"index.md", "contributing.md", "changelog.md"}
+    assert sorted(set(listed) - generated) == sorted(str(path.relative_to(DOCS)) for path in DOCS.rglob("*.md"))
+    documented = set()
+    for path in (DOCS / "api").glob("*.md"):
+        for name in re.findall(r"^::: (\S+)$", path.read_text(), re.M):
+            documented.add(name.split(".")[-1])
+            if "trl" not in name:  # TRL takes seconds
+                assert pkgutil.resolve_name(name) is not None
+    assert set(gk.__all__) - {"IGNORE_INDEX", "__version__"} <= documented
 
 
 @pytest.mark.usefixtures("my_model")

@@ -63,7 +63,12 @@ def test_no_block_is_left_out() -> None:
 @pytest.mark.skipif(shutil.which("make") is None, reason="there is no make here")
 @pytest.mark.parametrize(
     ("target", "runs"),
-    [("train", "-m grpo_kernels train --compare"), ("test", "-m pytest"), ("bench", "grpo_kernels bench")],
+    [
+        ("train", "-m grpo_kernels train --compare"),
+        ("test", "-m pytest"),
+        ("bench", "grpo_kernels bench"),
+        ("docs", "-m mkdocs build --strict"),
+    ],
 )
 def test_make_targets_run_what_the_readme_says(target: str, runs: str) -> None:
     shown = subprocess.run(["make", "-n", target, "VENV=unused"], cwd=ROOT, capture_output=True, text=True, check=True)

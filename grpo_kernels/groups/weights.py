@@ -53,7 +53,7 @@ class GroupWeights(nn.Module):
             "chi_squared" (radius): ``max <alpha, L>`` over sum_g (alpha_g - mu_g)^2 / mu_g <= radius.
         temperature: tau > 0; a small one is the maximum, a large one the prior.
         level: in (0, 1]; 1 is the prior, 1 / K or less with a uniform prior the worst group alone.
-        radius: >= 0; 0 is the prior.
+        radius: at least 0; 0 is the prior.
         prior: mu, "uniform" or "sizes" (N_g / N).
         process_group: the data-parallel ranks whose pairs make one batch; None: all ranks, where torch.distributed is
             initialised. A training forward sums group statistics over them, so that alpha and the loss are those of
