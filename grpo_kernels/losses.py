@@ -222,8 +222,8 @@ class GroupRobustLoss(_GroupRobustLossBase):
         backend: "auto" or a name from `grpo_kernels.backends`.
 
     Example:
-        >>> weights = GroupWeights(group_sizes=[30, 10], step_size=0.01)
-        >>> loss_fn = GroupRobustLoss(weights, beta=0.1, reference_free=True)
+        >>> groups = GroupWeights(group_sizes=[30, 10], step_size=0.01)
+        >>> loss_fn = GroupRobustLoss(groups, beta=0.1, reference_free=True)
         >>> out = loss_fn(torch.zeros(4, 3, 5), torch.ones(4, 3, dtype=torch.long), torch.tensor([0, 1]))
         >>> out.pair_losses  # chosen and rejected are as likely: log 2
         tensor([0.6931, 0.6931])

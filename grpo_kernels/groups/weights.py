@@ -72,9 +72,9 @@ class GroupWeights(nn.Module):
         ValueError, TypeError: an argument is out of its range; the message names it.
 
     Example:
-        >>> weights = GroupWeights(group_sizes=[30, 10], step_size=1.0)
-        >>> weights.update(torch.tensor([3.0, 3.0]), torch.tensor([3, 1]))  # the rare group did worse
-        >>> weights.alpha
+        >>> groups = GroupWeights(group_sizes=[30, 10], step_size=1.0)
+        >>> groups.update(torch.tensor([3.0, 3.0]), torch.tensor([3, 1]))  # the rare group did worse
+        >>> groups.alpha
         tensor([0.1192, 0.8808], dtype=torch.float64)
     """
 
