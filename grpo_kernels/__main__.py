@@ -25,6 +25,7 @@ def parser() -> argparse.ArgumentParser:
     doctor.add_argument("--kernels", action="store_true", help="compile the Triton kernels and report on the outcome")
     doctor.add_argument("--linear", metavar="SxTxDxV", help="the linear path's plans for such a batch and head")
     doctor.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"), help="for --linear")
+    doctor.add_argument("--losses", action="store_true", help="the table of pair losses")
     doctor.add_argument("--json", action="store_true", help="for programs")
     _add_reproduce(commands.add_parser("reproduce", help="the paper's bandit experiment and convergence, in a minute"))
     return top
@@ -91,7 +92,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if name == "doctor":
             from grpo_kernels import doctor
 
-            return doctor.command(arguments["json"], arguments["kernels"], arguments["linear"], arguments["dtype"])
+            return doctor.command(**{"as_json": arguments.pop("json"), **arguments})
         if name == "bench":
             from grpo_kernels.bench.command import bench
 

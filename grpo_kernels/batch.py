@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from grpo_kernels import validation
-from grpo_kernels.pair_losses import PAIR_LOSSES
+from grpo_kernels.loss_spec import LossSpec, Sequences, value_and_slopes
 from grpo_kernels.segments import packed_sequence_ids, segment_sum
 from grpo_kernels.types import IGNORE_INDEX, RowOptions, VocabShard
 
@@ -112,6 +112,9 @@ class Rows:
         return shifted.masked_fill(next_is_other, last)
 
 
+DPO = LossSpec()
+
+
 @dataclass(frozen=True)
 class Pairs:
     """The B pairs of 2B sequences: what a pair's loss takes besides its log-probabilities, and the pair's group."""
@@ -120,16 +123,38 @@ class Pairs:
     ref_logps: Tensor | None = None  # (2B,)
     margin: Tensor | None = None  # (B,)
     weights: Tensor | None = None  # (B,)
+    token_counts: Tensor | None = None  # (2B,), where a loss uses them
     beta: float | Tensor = 0.1  # or (B,)
-    loss_type: str = "sigmoid"
-    label_smoothing: float = 0.0
+    label_smoothing: float | Tensor = 0.0  # or (B,)
+    spec: LossSpec = DPO
+
+    @property
+    def loss_type(self) -> str:
+        """The one loss of pairs whose spec is fused."""
+        return self.spec.loss_types[0]
+
+    @property
+    def is_fused(self) -> bool:
+        """Whether kernels that fuse the whole loss know these."""
+        return self.spec.is_fused and not isinstance(self.label_smoothing, Tensor)
 
     def check(self, num_pairs: int, device: torch.device) -> None:
         validation.check_ref_logps(self.ref_logps, 2 * num_pairs, device)
+        if self.ref_logps is not None and not self.spec.uses_reference:
+            raise ValueError(
+                f"ref_logps must be None for loss_type={list(self.spec.loss_types)}, which has no reference policy"
+            )
         validation.check_beta(self.beta, num_pairs, device)
+        self.spec.check_label_smoothing(self.label_smoothing, num_pairs, device)
         for name, value in (("margin", self.margin), ("weights", self.weights)):
             if value is not None:
                 validation.check_pair_vector(name, value, num_pairs, device)
+        if self.margin is not None and not self.spec.of_margin:
+            raise ValueError(
+                f"margin has a meaning for losses of the margin only, got loss_type={list(self.spec.loss_types)}"
+            )
+        if self.spec.uses_counts:
+            validation.check_token_counts(self.token_counts, 2 * num_pairs, device)
 
     def losses_and_slopes(self, logps: Tensor, some: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Losses (n,) and their slopes (2, n) in the log-probabilities of the chosen and the rejected sequence.
@@ -138,18 +163,22 @@ class Pairs:
             logps: (2B,), float32 or float64.
             some: (n,) numbers of the pairs asked for; None: all.
         """
-        num_pairs = logps.shape[0] // 2
 
-        def of(values: Tensor) -> Tensor:
-            return values if some is None else values[some]
+        def of_sequences(values: Tensor | None) -> Tensor | None:
+            if values is None:
+                return None
+            values = values.unflatten(0, (2, -1))
+            return values if some is None else values[:, some]
 
-        scores = logps if self.ref_logps is None else logps - self.ref_logps
-        chosen, rejected = of(scores[:num_pairs]), of(scores[num_pairs:])
-        beta = of(self.beta) if isinstance(self.beta, Tensor) else self.beta
-        margin = None if self.margin is None else of(self.margin)
-        kind = PAIR_LOSSES[self.loss_type]
-        losses, slopes = kind.value_and_slopes(chosen, rejected, margin, beta, self.label_smoothing)
+        def of_pairs(values: Any) -> Any:
+            return values[some] if some is not None and isinstance(values, Tensor) else values
+
+        counts = None if self.token_counts is None else self.token_counts.clamp(min=1).to(logps.dtype)
+        policy = of_sequences(logps)
+        assert policy is not None
+        sequences = Sequences(policy, of_sequences(self.ref_logps), of_sequences(counts), of_pairs(self.margin))
+        losses, slopes = value_and_slopes(self.spec, sequences, of_pairs(self.beta), of_pairs(self.label_smoothing))
         if self.weights is not None:
-            weights = of(self.weights)
+            weights = of_pairs(self.weights)
             losses, slopes = losses * weights, slopes * weights
         return losses, slopes

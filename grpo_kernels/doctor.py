@@ -13,6 +13,7 @@ import torch
 from grpo_kernels._version import __version__
 from grpo_kernels.kernels import dispatch, linear_plan
 from grpo_kernels.kernels.linear_plan import MAX_EXTRA_BYTES
+from grpo_kernels.pair_losses import PAIR_LOSSES
 
 PACKAGES = ("torch", "triton", "numpy", "transformers", "tokenizers", "trl", "matplotlib", "rich")
 
@@ -57,7 +58,16 @@ def facts() -> dict[str, Any]:
     }
 
 
-def command(as_json: bool, kernels: bool = False, linear: str | None = None, dtype: str = "bfloat16") -> int:
+def command(
+    as_json: bool,
+    kernels: bool = False,
+    linear: str | None = None,
+    dtype: str = "bfloat16",
+    losses: bool = False,
+) -> int:
+    if losses:
+        print(loss_table())
+        return 0
     if kernels:
         return _kernels(as_json)
     if linear:
@@ -84,6 +94,15 @@ def command(as_json: bool, kernels: bool = False, linear: str | None = None, dty
         for reason in entry["not_usable_because"]:
             print(f"             - {reason}")
     return 0
+
+
+def loss_table() -> str:
+    """The table of pair losses in Markdown, a row for each loss_type."""
+    lines = ["| loss_type | loss of a pair | score x | what moves alpha | source |", "| --- | --- | --- | --- | --- |"]
+    for name, entry in PAIR_LOSSES.items():
+        cells = (f"`{name}`", f"`{entry.formula}`", entry.score, entry.moves_alpha, entry.source)
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def linear_plans(sizes: str, dtype: str, on_gpu: bool) -> list[linear_plan.LinearPlan]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Unpack
 
 import torch
@@ -16,8 +17,8 @@ from grpo_kernels.kernels.autograd import LinearPairLogps, LinearTokenLogps, Pai
 from grpo_kernels.kernels.linear import LinearHead
 from grpo_kernels.kernels.linear_pairs import Forecast
 from grpo_kernels.kernels.linear_plan import BUDGET_OPTIONS, Budget, plan_for
-from grpo_kernels.pair_losses import PAIR_LOSSES
-from grpo_kernels.types import LinearOptions, LinearTokenOptions, RowOptions, TokenOptions
+from grpo_kernels.loss_spec import LossSpec
+from grpo_kernels.types import LinearOptions, LinearTokenOptions, RowOptions, SpecOptions, TokenOptions
 
 
 def sequence_logps(
@@ -189,24 +190,34 @@ def preference_losses(
     ref_logps: Tensor | None = None,
     *,
     beta: float | Tensor = 0.1,
-    loss_type: str = "sigmoid",
-    label_smoothing: float = 0.0,
+    loss_type: str | Sequence[str] = "sigmoid",
+    label_smoothing: float | Tensor = 0.0,
     margin: Tensor | None = None,
     weights: Tensor | None = None,
+    token_counts: Tensor | None = None,
+    **options: Unpack[SpecOptions],
 ) -> Tensor:
     """Loss of each preference pair, from sequence log-probabilities.
 
-    ``l(h_i - margin_i) * weights_i`` with ``h_i = (logp_w - ref_w) - (logp_l - ref_l)``; l by ``loss_type``:
-    "sigmoid" is DPO, "ipo", "hinge" and "robust" (rDPO) as in `grpo_kernels.pair_losses`.
+    ``sum_k loss_weights_k * l_k * weights``, each l by its name in `grpo_kernels.pair_losses`: "sigmoid" is DPO,
+    ``l(h_i - margin_i)`` with ``h_i = (logp_w - ref_w) - (logp_l - ref_l)``; others see the two answers apart.
 
     Args:
-        policy_logps: (2B,), the B chosen sequences first, then the B rejected.
+        policy_logps: (2B,), the B chosen sequences first, then the B rejected; sums over tokens.
         ref_logps: (2B,) of the reference policy, without gradient; None leaves it out (reference-free).
         beta: positive number, or (B,) tensor with one for each pair.
-        loss_type: "sigmoid", "ipo", "hinge" or "robust".
-        label_smoothing: in [0, 1/2); the share of flipped labels, for "sigmoid" (cDPO) and "robust".
-        margin: (B,) target margins in units of h: a pair must win by so much (ODPO's offset is beta * margin).
+        loss_type: a name, or a list of names whose losses are added up.
+        label_smoothing: in [0, 1/2), or (B,) in [0, 1] (soft labels: 1 - the probability of the preference); the share
+            of flipped labels, for "sigmoid" (cDPO) and its kin, "robust" and "exo_pair".
+        margin: (B,) target margins in units of h: a pair must win by so much (ODPO's offset is beta * margin, SimPO's
+            gamma, too).
         weights: (B,) factors of the pair losses.
+        token_counts: (2B,) counted tokens, for losses of means.
+        loss_weights: a number for each name of a list. None: 1 each.
+        f_divergence_type: "reverse_kl" (the default), "forward_kl", "js_divergence" or "alpha_divergence" with
+            ``f_alpha_divergence_coef`` (0.5), for losses of the margin.
+        use_weighting: WPO, a pair's loss times the likelihood a token of its answers, at most 1.
+        discopop_tau: positive number, 0.05.
 
     Returns:
         (B,) losses, differentiable once in ``policy_logps``.
@@ -219,8 +230,10 @@ def preference_losses(
         tensor([0.6931])
     """
     validation.check_logps(policy_logps, ref_logps)
-    validation.check_loss_options(loss_type, label_smoothing, PAIR_LOSSES)
-    pairs = Pairs(None, ref_logps, margin, weights, beta, loss_type, float(label_smoothing))
+    validation.check_option_names(options, SpecOptions)
+    spec = LossSpec.of(loss_type, **options)
+    smoothing = label_smoothing if isinstance(label_smoothing, Tensor) else float(label_smoothing)
+    pairs = Pairs(None, ref_logps, margin, weights, token_counts, beta, smoothing, spec)
     pairs.check(policy_logps.shape[0] // 2, policy_logps.device)
     return losses_of_pairs(policy_logps, pairs)
 
@@ -257,6 +270,12 @@ def logps_of_rows(logits: Tensor, rows: Rows, inplace_backward: bool, entry: dis
             logits, rows.labels, rows.cu_seqlens, rows.ignore_index, rows.average, rows.token_weights
         )
     return _sums_over_sequences(_token_logps(logits, rows, inplace_backward, entry), rows)
+
+
+def token_counts_of(rows: Rows) -> Tensor:
+    """(S,) float64 counted tokens of whole sequences."""
+    counts = rows.counts()
+    return counts if rows.context_group is None else SumOverRanks.apply(counts, rows.context_group)
 
 
 def checked_head_and_budget(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Unpack
 
 import torch
@@ -19,6 +20,7 @@ from grpo_kernels.functional import (
     losses_of_pairs,
     rows_of_hidden,
     rows_of_logits,
+    token_counts_of,
 )
 from grpo_kernels.groups.forecast import forecast_of
 from grpo_kernels.groups.weights import GroupWeights
@@ -26,9 +28,17 @@ from grpo_kernels.kernels import group_robust as tables
 from grpo_kernels.kernels import ops
 from grpo_kernels.kernels.autograd import FusedGroupRobustLoss
 from grpo_kernels.kernels.linear_plan import MAX_EXTRA_BYTES, Budget
-from grpo_kernels.pair_losses import PAIR_LOSSES
+from grpo_kernels.loss_spec import LossSpec
 from grpo_kernels.segments import segment_sum
-from grpo_kernels.types import IGNORE_INDEX, GroupRobustOutput, LossOptions, PairOptions, RowOptions, VocabShard
+from grpo_kernels.types import (
+    IGNORE_INDEX,
+    GroupRobustOutput,
+    LossOptions,
+    PairOptions,
+    RowOptions,
+    SpecOptions,
+    VocabShard,
+)
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -42,7 +52,7 @@ class _GroupRobustLossBase(nn.Module):
         group_weights: GroupWeights,
         *,
         beta: float = 0.1,
-        loss_type: str = "sigmoid",
+        loss_type: str | Sequence[str] = "sigmoid",
         label_smoothing: float = 0.0,
         reference_free: bool = False,
         average_log_prob: bool = False,
@@ -51,15 +61,22 @@ class _GroupRobustLossBase(nn.Module):
         vocab_shard: VocabShard | None = None,
         context_group: ProcessGroup | None = None,
         backend: str = "auto",
+        **options: Unpack[SpecOptions],
     ) -> None:
         super().__init__()
         if not isinstance(group_weights, GroupWeights):
             raise TypeError(f"group_weights must be a GroupWeights, got {type(group_weights).__name__}")
         validation.check_beta(beta)
-        validation.check_loss_options(loss_type, label_smoothing, PAIR_LOSSES)
+        validation.check_option_names(options, SpecOptions)
+        self.spec = LossSpec.of(loss_type, **options)
+        self.spec.check_label_smoothing(label_smoothing)
+        if average_log_prob and self.spec.uses_counts:
+            raise ValueError(
+                f"average_log_prob must be False for loss_type={loss_type!r}, which takes its means itself"
+            )
         self.group_weights = group_weights
         self.beta = float(beta)
-        self.loss_type = loss_type
+        self.loss_type = loss_type if isinstance(loss_type, str) else list(loss_type)
         self.label_smoothing = float(label_smoothing)
         self.reference_free = reference_free
         self.average_log_prob = average_log_prob
@@ -75,19 +92,19 @@ class _GroupRobustLossBase(nn.Module):
         group_ids: Tensor,
         ref_logps: Tensor | None = None,
         *,
-        beta: float | Tensor | None = None,
-        margin: Tensor | None = None,
-        weights: Tensor | None = None,
+        token_counts: Tensor | None = None,
         total_pairs: int | Tensor | None = None,
+        **options: Any,
     ) -> GroupRobustOutput:
         """The loss from log-probabilities (2B,) that were computed elsewhere, chosen first.
 
         In training mode with gradients on: pair losses -> group losses -> alpha update -> loss with the new alpha.
-        ``total_pairs`` as in `GroupRobustLoss.forward`.
+        ``token_counts`` (2B,) for losses of means; ``total_pairs`` and the options ``beta``, ``margin``, ``weights``
+        and ``label_smoothing`` as in `GroupRobustLoss.forward`.
         """
         validation.check_logps(policy_logps, ref_logps)
         policy_logps, num_pairs = at_least_float32(policy_logps), policy_logps.shape[0] // 2
-        pairs = self._pairs(num_pairs, policy_logps.device, group_ids, ref_logps, beta, margin, weights)
+        pairs = self._pairs(num_pairs, policy_logps.device, group_ids, ref_logps, token_counts, **options)
         return self._of_pairs(policy_logps, pairs, total_pairs)
 
     def from_pair_losses(
@@ -121,18 +138,26 @@ class _GroupRobustLossBase(nn.Module):
         device: torch.device,
         group_ids: Tensor,
         ref_logps: Tensor | None,
+        token_counts: Tensor | None,
+        *,
         beta: float | Tensor | None = None,
         margin: Tensor | None = None,
         weights: Tensor | None = None,
+        label_smoothing: float | Tensor | None = None,
     ) -> Pairs:
-        """The batch's pairs, checked, with the loss's own beta where the call names none."""
+        """The batch's pairs, checked, with the loss's own beta and smoothing where the call names none."""
         validation.check_weights_device(self.group_weights.log_alpha, device)
-        validation.check_reference(self.reference_free, ref_logps)
+        validation.check_reference(self.reference_free or not self.spec.uses_reference, ref_logps)
         validation.check_group_ids(group_ids, num_pairs, self.group_weights.num_groups, device)
         beta = self.beta if beta is None else beta
-        pairs = Pairs(group_ids, ref_logps, margin, weights, beta, self.loss_type, self.label_smoothing)
+        label_smoothing = self.label_smoothing if label_smoothing is None else label_smoothing
+        pairs = Pairs(group_ids, ref_logps, margin, weights, token_counts, beta, label_smoothing, self.spec)
         pairs.check(num_pairs, device)
         return pairs
+
+    def _pairs_of(self, rows: Rows, group_ids: Tensor, ref_logps: Tensor | None, options: dict[str, Any]) -> Pairs:
+        counts = token_counts_of(rows) if self.spec.uses_counts else None
+        return self._pairs(rows.num_sequences // 2, rows.labels.device, group_ids, ref_logps, counts, **options)
 
     def _of_pairs(self, policy_logps: Tensor, pairs: Pairs, total_pairs: int | Tensor | None) -> GroupRobustOutput:
         assert pairs.group_ids is not None
@@ -212,8 +237,10 @@ class GroupRobustLoss(_GroupRobustLossBase):
         group_weights: the `GroupWeights` that hold alpha. They may be shared by several losses.
         inplace_backward: write the gradient over the logits; see `sequence_logps`.
         beta: positive number; the strength of the pull towards the reference policy. 0.1.
-        loss_type: "sigmoid" (GR-DPO, the default), "ipo" (GR-IPO), "hinge" or "robust".
-        label_smoothing: in [0, 1/2), for "sigmoid" and "robust". 0.
+        loss_type: "sigmoid" (GR-DPO, the default), "ipo" (GR-IPO), another name of `grpo_kernels.pair_losses`, or a
+            list of names with ``loss_weights``: their weighted sum is what groups, alpha and the gradient see.
+        label_smoothing: in [0, 1/2), for losses that have it. 0.
+        loss_weights, f_divergence_type, f_alpha_divergence_coef, use_weighting, discopop_tau: see `preference_losses`.
         reference_free: leave the reference policy out; ``ref_logps`` must then be None. False.
         average_log_prob: divide log-probabilities by the number of counted tokens (TRL does so for IPO). False.
         ignore_index: label of positions that do not count. -100.
@@ -252,7 +279,7 @@ class GroupRobustLoss(_GroupRobustLossBase):
             group_ids: (B,) int64 or int32 in [0, K). Another value makes the loss NaN and leaves alpha
                 (``GRPO_KERNELS_DEBUG=1`` raises instead).
             ref_logps: (2B,) log-probabilities under the reference policy, without gradient.
-            beta, margin, weights: per-pair overrides as in `preference_losses`.
+            beta, margin, weights, label_smoothing: per-pair overrides as in `preference_losses`.
             token_weights: labels' shape, as in `sequence_logps`.
             total_pairs: pairs of the whole optimiser step, over all its forwards and ranks, for ``update="lagged"``.
                 The loss is then this batch's share of the step, to be added up over forwards (the engine must not
@@ -264,9 +291,9 @@ class GroupRobustLoss(_GroupRobustLossBase):
         validation.check_pair_batch(_num_sequences(logits, cu_seqlens))
         logits, rows = rows_of_logits(logits, labels, self._row_options(cu_seqlens, token_weights))
         entry = backend_of("logits", logits, self.backend)
-        pairs = self._pairs(rows.num_sequences // 2, logits.device, group_ids, ref_logps, **given)
+        pairs = self._pairs_of(rows, group_ids, ref_logps, given)
         whole_rows = rows.vocab_shard is None and rows.context_group is None and total_pairs is None
-        known = self.group_weights.is_default_rule and PAIR_LOSSES[self.loss_type].fused and token_weights is None
+        known = self.group_weights.is_default_rule and pairs.is_fused and token_weights is None
         if entry.fuses_loss and known and whole_rows:
             return self._fused(entry.name, logits, rows, pairs)
         return self._of_pairs(logps_of_rows(logits, rows, self.inplace_backward, entry), pairs, total_pairs)
@@ -365,7 +392,7 @@ class LinearGroupRobustLoss(_GroupRobustLossBase):
             ref_logps = self._ref_logps(ref_hidden, ref_weight, ref_bias, labels, row_options)
         head = checked_head(weight, bias, self.logit_scale, self.softcap)
         hidden, head, rows = rows_of_hidden(hidden, head, labels, row_options)
-        pairs = self._pairs(rows.num_sequences // 2, hidden.device, group_ids, ref_logps, **given)
+        pairs = self._pairs_of(rows, group_ids, ref_logps, given)
         forecast = forecast_of(self.group_weights, group_ids)
         entry = backend_of("hidden", hidden, self.backend)
         logps = linear_logps(hidden, head, rows, self.budget, entry, pairs, forecast)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
 
@@ -68,11 +69,21 @@ class LinearOptions(LinearTokenOptions, RowOptions, total=False):
     """And those of sums over a sequence."""
 
 
-class LossOptions(TypedDict, total=False):
+class SpecOptions(TypedDict, total=False):
+    """Keyword options of pair losses; `grpo_kernels.preference_losses` says what they mean."""
+
+    loss_weights: Sequence[float] | None
+    f_divergence_type: str
+    f_alpha_divergence_coef: float
+    use_weighting: bool
+    discopop_tau: float
+
+
+class LossOptions(SpecOptions, total=False):
     """Keyword options of both losses; `grpo_kernels.GroupRobustLoss` says what they mean."""
 
     beta: float
-    loss_type: str
+    loss_type: str | Sequence[str]
     label_smoothing: float
     reference_free: bool
     average_log_prob: bool
@@ -89,6 +100,7 @@ class PairOptions(TypedDict, total=False):
     beta: float | Tensor | None
     margin: Tensor | None
     weights: Tensor | None
+    label_smoothing: float | Tensor | None
     token_weights: Tensor | None
     total_pairs: int | Tensor | None
 

@@ -200,14 +200,6 @@ def check_online_reference(ref_hidden: Any, ref_weight: Any, ref_logps: Any, ref
         raise ValueError(f"ref_hidden must be None where the reference policy is given by {other}")
 
 
-def check_loss_options(loss_type: str, label_smoothing: float, loss_types: dict[str, Any]) -> None:
-    """``loss_types`` is pair_losses.PAIR_LOSSES, handed in so that this file imports nothing of ours."""
-    check_choice("loss_type", loss_type, tuple(loss_types))
-    check_number("label_smoothing", label_smoothing, 0.0, 0.5, open_high=True)
-    if label_smoothing and not loss_types[loss_type].uses_label_smoothing:
-        raise ValueError(f"label_smoothing has no meaning for loss_type={loss_type!r}, got {label_smoothing}")
-
-
 def rule_parameter(rule: str, numbers: dict[str, float | None], rules: dict[str, Any]) -> float:
     """The one number that the rule takes; the others must be None. ``rules`` is alpha_rules.ALPHA_RULES."""
     check_choice("rule", rule, tuple(rules))
@@ -258,6 +250,17 @@ def check_logps(policy_logps: Tensor, ref_logps: Tensor | None) -> None:
             f"got {tuple(policy_logps.shape)}"
         )
     check_ref_logps(ref_logps, policy_logps.shape[0], policy_logps.device)
+
+
+def check_token_counts(token_counts: Any, num_sequences: int, device: torch.device) -> None:
+    if token_counts is None:
+        raise ValueError("token_counts must be given for losses of means, one for each sequence, got None")
+    check_tensor("token_counts", token_counts)
+    if token_counts.shape != (num_sequences,):
+        raise ValueError(
+            f"token_counts must have shape ({num_sequences},), one for each sequence, got {tuple(token_counts.shape)}"
+        )
+    _check_device("token_counts", token_counts, device)
 
 
 def check_ref_logps(ref_logps: Tensor | None, num_sequences: int, device: torch.device) -> None:

@@ -196,6 +196,25 @@ def test_fullgraph_linear_and_model() -> None:
         torch.testing.assert_close(got, p.grad)
 
 
+def test_fullgraph_of_a_mixture() -> None:
+    """Losses with two slopes, of sums and of means, in one graph with moving alpha."""
+    logits, labels = batch(num_pairs=4)
+    options = {"loss_type": ["apo_zero", "sft"], "loss_weights": [1.0, 0.1], "use_weighting": True}
+    losses = [
+        gk.GroupRobustLoss(gk.GroupWeights(group_sizes=[60, 35, 5], step_size=0.3), backend="torch", **options)
+        for _ in range(2)
+    ]
+    torch.compiler.reset()
+    compiled = torch.compile(losses[0], fullgraph=True, backend="aot_eager")
+    for call in (compiled, losses[1]):
+        call(logits, labels, ids(), torch.zeros(8, dtype=torch.float64)).loss.backward()
+        logits.grad, expected = None, logits.grad
+    compiled(logits, labels, ids(), torch.zeros(8, dtype=torch.float64)).loss.backward()
+    second = losses[1](logits.detach().requires_grad_(), labels, ids(), torch.zeros(8, dtype=torch.float64))
+    assert not torch.equal(logits.grad, expected), "alpha has moved"
+    torch.testing.assert_close(losses[0].group_weights.alpha, second.alpha)
+
+
 @pytest.mark.parametrize("plan", ["sweep", "recompute"])
 def test_strides(plan: str) -> None:
     """A head stored as (D, V), hidden states as (T, S, D): gradients have the strides that the compiler was told."""

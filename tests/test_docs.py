@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import grpo_kernels as gk
+from grpo_kernels.__main__ import main
 
 DOCS = Path(__file__).parent.parent / "docs"
 SHELL = {  # what a page may tell the reader to type, beside README.md's; each is run by the tests that are named
@@ -18,7 +19,7 @@ SHELL = {  # what a page may tell the reader to type, beside README.md's; each i
     "torchrun --nproc-per-node 2 examples/ddp.py",  # test_examples.py
     "torchrun --nproc-per-node 2 examples/fsdp2.py",
 }
-RUN_HERE, RUN_ELSEWHERE = {"first-loop.md", "choosing.md"}, {"extending.md"}  # test_extending.py
+RUN_HERE, RUN_ELSEWHERE = {"first-loop.md", "choosing.md", "losses.md"}, {"extending.md"}  # test_extending.py
 
 
 def blocks(name: str) -> list[tuple[str, str]]:
@@ -42,6 +43,14 @@ def test_no_block_is_left_out(path: Path) -> None:
             assert set(code.splitlines()) <= SHELL
         else:
             assert name in RUN_HERE | RUN_ELSEWHERE
+
+
+def test_losses_page_is_the_table_of_the_code(capsys: pytest.CaptureFixture) -> None:
+    table = re.search(r"<!-- losses -->\n(.*?)\n<!-- /losses -->", (DOCS / "losses.md").read_text(), re.S)
+    assert table is not None
+    assert main(["doctor", "--losses"]) == 0
+    assert capsys.readouterr().out.strip() == table[1]
+    run("losses.md")
 
 
 @pytest.mark.parametrize("path", sorted((DOCS / "kernels").glob("*.md")), ids=lambda path: path.stem)

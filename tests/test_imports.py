@@ -13,6 +13,7 @@ PACKAGE = Path(__file__).parent.parent / "grpo_kernels"
 # A module imports only from the rows above its own.
 ORDER = [
     ("_C", "_version", "types", "console", "reference", "validation", "segments", "pair_losses"),
+    ("loss_spec",),
     ("batch",),
     ("groups.rules",),
     ("kernels",),

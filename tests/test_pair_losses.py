@@ -9,8 +9,6 @@ import torch
 import truth
 
 import grpo_kernels as gk
-from grpo_kernels import reference
-from grpo_kernels.pair_losses import PAIR_LOSSES
 
 CASES = [("sigmoid", 0.0), ("sigmoid", 0.2), ("ipo", 0.0), ("hinge", 0.0), ("robust", 0.0), ("robust", 0.3)]
 
@@ -31,15 +29,6 @@ def test_value_and_derivative(loss_type: str, e: float, beta: float) -> None:
     expected = torch.tensor(slopes, dtype=torch.float64)
     torch.testing.assert_close(grad[:8], expected, rtol=1e-12, atol=1e-15)
     torch.testing.assert_close(grad[8:], -expected, rtol=1e-12, atol=1e-15)
-
-
-@pytest.mark.parametrize(("loss_type", "e"), CASES)
-def test_derivative_is_what_autograd_says(loss_type: str, e: float) -> None:
-    h = torch.randn(50, dtype=torch.float64).mul(20).requires_grad_()
-    entry = PAIR_LOSSES[loss_type]
-    (by_autograd,) = torch.autograd.grad(entry.value(h, 0.3, e).sum(), h)
-    torch.testing.assert_close(entry.derivative(h, 0.3, e).detach(), by_autograd)
-    torch.testing.assert_close(entry.value(h, 0.3, e), reference.pair_losses(h, 0.3, loss_type, e))
 
 
 @pytest.mark.parametrize(("loss_type", "e"), CASES)
@@ -112,7 +101,7 @@ def test_small_differences_of_long_sequences_survive() -> None:
         ({"beta": float("nan")}, ValueError, "beta must be finite"),
         ({"beta": "0.1"}, TypeError, "beta must be a number, got str"),
         ({"beta": torch.ones(3)}, ValueError, r"beta must have shape \(2,\), one for each pair, got \(3,\)"),
-        ({"loss_type": "dpo"}, ValueError, "loss_type must be one of 'sigmoid', 'ipo', 'hinge', 'robust', got 'dpo'"),
+        ({"loss_type": "dpo"}, ValueError, "got 'dpo': DPO is called 'sigmoid'"),
         ({"label_smoothing": 0.5}, ValueError, r"label_smoothing must be finite and in \[0.0, 0.5\), got 0.5"),
         ({"label_smoothing": 0.1, "loss_type": "ipo"}, ValueError, "label_smoothing has no meaning"),
         ({"weights": torch.ones(4)}, ValueError, r"weights must have shape \(2,\)"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -111,3 +112,57 @@ def assert_within_budget(got: Tensor, exact: Tensor, plain: Tensor, what: str) -
     plain_error = (plain.double() - exact).abs().max().item()
     budget = 2 * plain_error + eps * exact.abs().max().item()
     assert error <= budget, f"{what}: error {error:.3g} is over the budget {budget:.3g} (plain: {plain_error:.3g})"
+
+
+# -- every pair loss, as its paper writes it; autograd differentiates it -------------------------------------------
+
+
+def _ls(x: Tensor) -> Tensor:
+    return -torch.log1p(torch.exp(-x.abs())) - torch.relu(-x)
+
+
+def _exo(h: Tensor, beta: float, e: float) -> Tensor:
+    q = torch.sigmoid(beta * h)
+    return q * (q / (1 - e)).log() + (1 - q) * ((1 - q) / e).log()
+
+
+def _discopop(h: Tensor, beta: float, e: float) -> Tensor:
+    m = torch.sigmoid(beta * h / 0.05)
+    return -_ls(beta * h) * (1 - m) + torch.exp(-beta * h) * m
+
+
+def _log_odds(mean: Tensor) -> Tensor:
+    p = mean.exp()
+    return (p / (1 - p)).log()
+
+
+def _dpo(h: Tensor, beta: float, e: float) -> Tensor:
+    return -(1 - e) * _ls(beta * h) - e * _ls(-beta * h)
+
+
+TEXTBOOK: dict[str, Callable[..., Tensor]] = {
+    # (r, p, n, beta, e): log-ratios and log-probabilities (2, B) of the chosen and the rejected, tokens (2, B).
+    "sigmoid": lambda r, p, n, b, e: _dpo(r[0] - r[1], b, e),
+    "sigmoid_norm": lambda r, p, n, b, e: _dpo(r[0] / n[0] - r[1] / n[1], b, e),
+    "simpo": lambda r, p, n, b, e: _dpo(p[0] / n[0] - p[1] / n[1], b, 0.0),
+    "cpo": lambda r, p, n, b, e: _dpo(p[0] - p[1], b, e) - p[0] / n[0],
+    "ipo": lambda r, p, n, b, e: (r[0] - r[1] - 1 / (2 * b)) ** 2,
+    "ipo_norm": lambda r, p, n, b, e: (r[0] / n[0] - r[1] / n[1] - 1 / (2 * b)) ** 2,
+    "hinge": lambda r, p, n, b, e: torch.clamp(1 - b * (r[0] - r[1]), min=0),
+    "robust": lambda r, p, n, b, e: ((1 - e) * _dpo(r[0] - r[1], b, 0) - e * _dpo(r[1] - r[0], b, 0)) / (1 - 2 * e),
+    "exo_pair": lambda r, p, n, b, e: _exo(r[0] - r[1], b, e),
+    "discopop": lambda r, p, n, b, e: _discopop(r[0] - r[1], b, e),
+    "apo_zero": lambda r, p, n, b, e: 1 - torch.sigmoid(b * r[0]) + torch.sigmoid(b * r[1]),
+    "apo_down": lambda r, p, n, b, e: torch.sigmoid(b * r[0]) + 1 - torch.sigmoid(b * (r[0] - r[1])),
+    "bco_pair": lambda r, p, n, b, e: -_ls(b * r[0]) - _ls(-b * r[1]),
+    "nca_pair": lambda r, p, n, b, e: -_ls(b * r[0]) - 0.5 * _ls(-b * r[0]) - 0.5 * _ls(-b * r[1]),
+    "sppo_hard": lambda r, p, n, b, e: (r[0] - 1 / (2 * b)) ** 2 + (r[1] + 1 / (2 * b)) ** 2,
+    "sft": lambda r, p, n, b, e: -p[0] / n[0],
+    "orpo": lambda r, p, n, b, e: -p[0] / n[0] - b * _ls(_log_odds(p[0] / n[0]) - _log_odds(p[1] / n[1])),
+}
+TEXTBOOK_DIVERGENCES = {
+    "reverse_kl": lambda y, a: y,
+    "forward_kl": lambda y, a: 1 - 1 / y.exp(),
+    "js_divergence": lambda y, a: (2 * y.exp() / (y.exp() + 1)).log(),
+    "alpha_divergence": lambda y, a: (y.exp() ** (a - 1) - 1) / (a - 1),
+}

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from grpo_kernels.groups.rules import moved_log_alpha
-from grpo_kernels.pair_losses import PAIR_LOSSES
+from grpo_kernels.pair_losses import PAIR_LOSSES, of_h
 
 
 @contextmanager
@@ -70,7 +70,7 @@ class PairBatch:
 
     def group_losses(self, theta: Tensor, loss_type: str, beta: float) -> Tensor:
         """(D, M, K): mean pair loss of each group."""
-        return PAIR_LOSSES[loss_type].value(self.margins(theta), beta, 0.0) @ self.membership.mT
+        return PAIR_LOSSES[loss_type].value(of_h(self.margins(theta)), beta, 0.0) @ self.membership.mT
 
 
 @dataclass
@@ -95,7 +95,7 @@ def gradient_step(train: PairBatch, loss_type: str, beta: float, rate: float) ->
     """theta - rate * grad sum_g q_g L_g."""
 
     def step(theta: Tensor, margins: Tensor, group_weights: Tensor) -> Tensor:
-        slopes = PAIR_LOSSES[loss_type].derivative(margins, beta, 0.0)
+        slopes = PAIR_LOSSES[loss_type].slopes(of_h(margins), beta, 0.0)[0]
         return theta - rate * (slopes * (group_weights @ train.membership)) @ train.differences.mT
 
     return step
@@ -159,7 +159,7 @@ def run_full_batch(
         if iteration == iterations:
             break
         margins = train.margins(runs.theta)
-        losses = PAIR_LOSSES[setting.loss_type].value(margins, setting.beta, 0.0) @ train.membership.mT
+        losses = PAIR_LOSSES[setting.loss_type].value(of_h(margins), setting.beta, 0.0) @ train.membership.mT
         runs.log_alpha = moved_log_alpha(
             runs.log_alpha, chi * losses, present, log_prior, rule="exponentiated_gradient", parameter=setting.step_size
         )

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from grpo_kernels.groups.rules import moved_log_alpha
-from grpo_kernels.pair_losses import PAIR_LOSSES
+from grpo_kernels.pair_losses import PAIR_LOSSES, of_h
 from grpo_kernels.paper.algorithm import l2_ball
 from grpo_kernels.paper.bandit import NUM_GROUPS, draw_bandit
 from grpo_kernels.paper.batched import PairBatch
@@ -107,8 +107,8 @@ def average_iterates(problem: SaddleProblem, horizon: int, draws: Tensor, steps:
         theta_sum += theta
         alpha_sum += alpha
         h = (rows * theta).sum(1, keepdim=True)
-        losses = factor * entry.value(h, problem.beta, 0.0) * group
-        slope = (alpha * group).sum(1, keepdim=True) * factor * entry.derivative(h, problem.beta, 0.0)
+        losses = factor * entry.value(of_h(h), problem.beta, 0.0) * group
+        slope = (alpha * group).sum(1, keepdim=True) * factor * entry.slopes(of_h(h), problem.beta, 0.0)[0]
         log_alpha = moved_log_alpha(
             log_alpha, losses, present, log_prior, rule="exponentiated_gradient", parameter=steps.step_size
         )
@@ -130,13 +130,13 @@ def duality_gaps(problem: SaddleProblem, theta: Tensor, alpha: Tensor, iteration
 
     def value_and_margins(point: Tensor) -> tuple[Tensor, Tensor]:
         margins = point @ rows.T
-        return (pair_weights * entry.value(margins, problem.beta, 0.0)).sum(1, keepdim=True), margins
+        return (pair_weights * entry.value(of_h(margins), problem.beta, 0.0)).sum(1, keepdim=True), margins
 
     point, ahead, speed = theta.clone(), theta.clone(), torch.ones(len(theta), 1, dtype=torch.float64)
     value, _ = value_and_margins(point)
     for _ in range(iterations):
         margins = ahead @ rows.T
-        moved = project(ahead - rate * (pair_weights * entry.derivative(margins, problem.beta, 0.0)) @ rows)
+        moved = project(ahead - rate * (pair_weights * entry.slopes(of_h(margins), problem.beta, 0.0)[0]) @ rows)
         new_value, _ = value_and_margins(moved)
         restart = new_value > value
         speed = torch.where(restart, 1.0, speed)

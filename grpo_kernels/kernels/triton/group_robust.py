@@ -282,7 +282,7 @@ def group_robust_forward(
         "ignore_index": rows.ignore_index,
     }
     arguments["gradient_scale"] = groups.gradient_scale
-    for name, value in (("beta", beta), ("e", pairs.label_smoothing), ("step", groups.step_size)):
+    for name, value in (("beta", beta), ("e", float(pairs.label_smoothing)), ("step", groups.step_size)):
         arguments[f"{name}_high"], arguments[f"{name}_low"] = split_number(value)
     options = {
         "PACKED": rows.cu_seqlens is not None,

@@ -1,0 +1,151 @@
+"""Which pair losses are added up, on which scores, and the losses and slopes that come of it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+from grpo_kernels import validation
+from grpo_kernels.pair_losses import PAIR_LOSSES, REFUSED, Number, PairLoss, Scores
+
+
+def _alpha_exponent(y: Tensor, coef: float) -> Tensor:
+    return ((coef - 1) * y).clamp(max=80.0)  # e^80 holds in float32
+
+
+F_DIVERGENCES: dict[str, Callable[[Tensor, float], tuple[Tensor, Tensor]]] = {
+    "reverse_kl": lambda y, coef: (y, torch.ones_like(y)),
+    "forward_kl": lambda y, coef: (-torch.expm1(-y), torch.exp(-y)),
+    "js_divergence": lambda y, coef: (math.log(2) + logsigmoid(y), torch.sigmoid(-y)),
+    "alpha_divergence": lambda y, coef: (
+        torch.expm1(_alpha_exponent(y, coef)) / (coef - 1),
+        torch.where((coef - 1) * y < 80.0, _alpha_exponent(y, coef).exp(), 0.0),
+    ),
+}
+"""u(y) and u'(y), the score in place of a log-ratio y (f-DPO, Wang et al. 2023); ``coef``: of the alpha-divergence."""
+
+
+class Sequences(NamedTuple):
+    """Of n pairs: (2, n) each, the chosen and the rejected."""
+
+    logps: Tensor
+    ref_logps: Tensor | None = None
+    token_counts: Tensor | None = None
+    """At least 1; given where a loss uses them."""
+    margin: Tensor | None = None  # (n,)
+
+
+@dataclass(frozen=True)
+class LossSpec:
+    """Which losses are added up, and on which scores."""
+
+    loss_types: tuple[str, ...] = ("sigmoid",)
+    loss_weights: tuple[float, ...] = (1.0,)
+    f_divergence_type: str = "reverse_kl"
+    f_alpha_divergence_coef: float = 0.5
+    use_weighting: bool = False
+    discopop_tau: float = 0.05
+
+    @classmethod
+    def of(cls, loss_type: Any, loss_weights: Any = None, **options: Any) -> LossSpec:
+        """Of what a public function was given: a name, or a list of names with a list of weights."""
+        names = (loss_type,) if isinstance(loss_type, str) else tuple(loss_type)
+        weights = (1.0,) * len(names) if loss_weights is None else tuple(map(float, loss_weights))
+        spec = cls(names, weights, **options)
+        for name in names:
+            if name in REFUSED:
+                raise ValueError(f"loss_type must be one of {', '.join(PAIR_LOSSES)}, got {name!r}: {REFUSED[name]}")
+            validation.check_choice("loss_type", name, tuple(PAIR_LOSSES))
+        if not names or len(weights) != len(names):
+            raise ValueError(
+                f"loss_weights must have a number for each of loss_type={list(names)}, got {list(weights)}"
+            )
+        for weight in weights:
+            validation.check_number("loss_weights", weight, -math.inf)
+        validation.check_choice("f_divergence_type", spec.f_divergence_type, tuple(F_DIVERGENCES))
+        validation.check_number("f_alpha_divergence_coef", spec.f_alpha_divergence_coef, -math.inf)
+        validation.check_number("discopop_tau", spec.discopop_tau, 0.0, open_low=True)
+        if spec.f_divergence_type == "alpha_divergence" and spec.f_alpha_divergence_coef == 1:
+            raise ValueError("f_alpha_divergence_coef must not be 1: that limit is f_divergence_type='reverse_kl'")
+        if spec.f_divergence_type != "reverse_kl" and not all(x.of_margin and x.uses_reference for x in spec.entries):
+            raise ValueError(
+                f"f_divergence_type={spec.f_divergence_type!r} has a meaning for losses of the margin of log-ratios "
+                f"only, got loss_type={list(names)}"
+            )
+        return spec
+
+    @property
+    def entries(self) -> list[PairLoss]:
+        return [PAIR_LOSSES[name] for name in self.loss_types]
+
+    @property
+    def uses_reference(self) -> bool:
+        return any(entry.uses_reference for entry in self.entries)
+
+    @property
+    def uses_counts(self) -> bool:
+        return self.use_weighting or any(entry.uses_counts for entry in self.entries)
+
+    @property
+    def of_margin(self) -> bool:
+        return all(entry.of_margin for entry in self.entries)
+
+    @property
+    def is_fused(self) -> bool:
+        """Whether kernels that fuse the whole loss know it."""
+        plain = not self.use_weighting and self.f_divergence_type == "reverse_kl" and self.loss_weights == (1.0,)
+        return plain and self.entries[0].fused
+
+    def check_label_smoothing(self, e: Any, num_pairs: int | None = None, device: torch.device | None = None) -> None:
+        """A number in [0, 1/2), or (B,): what a tensor holds is checked in debug mode."""
+        users = [entry for entry in self.entries if entry.uses_label_smoothing]
+        if isinstance(e, Tensor):
+            validation.check_pair_vector("label_smoothing", e, num_pairs, device)
+            if validation.debug_checks_on() and not bool(((e >= 0) & (e <= 1)).all()):
+                raise ValueError(f"label_smoothing must be in [0, 1] for each pair, got {e.tolist()}")
+        else:
+            open_low = any(entry.needs_label_smoothing for entry in users)
+            validation.check_number("label_smoothing", e, 0.0, 0.5, open_low=open_low, open_high=True)
+        if not users and (isinstance(e, Tensor) or e):
+            names = self.loss_types[0] if len(self.loss_types) == 1 else list(self.loss_types)
+            raise ValueError(f"label_smoothing has no meaning for loss_type={names!r}, got {e}")
+
+
+def value_and_slopes(spec: LossSpec, sequences: Sequences, beta: Number, e: Number) -> tuple[Tensor, Tensor]:
+    """Losses (n,) of n pairs and their slopes (2, n) in the log-probabilities of the chosen and the rejected."""
+    logps, counts = sequences.logps, sequences.token_counts
+    ratios = logps if sequences.ref_logps is None else logps - sequences.ref_logps
+    u_slope = None
+    if spec.f_divergence_type != "reverse_kl":
+        ratios, u_slope = F_DIVERGENCES[spec.f_divergence_type](ratios, spec.f_alpha_divergence_coef)
+    found = []
+    for name, weight in zip(spec.loss_types, spec.loss_weights, strict=True):
+        entry = PAIR_LOSSES[name]
+        x = ratios if entry.uses_reference else logps
+        if entry.is_mean:
+            x = x / _known(counts)
+        scores = Scores(x[0], x[1], sequences.margin, None if counts is None else counts[0], spec.discopop_tau)
+        losses, slopes = entry.value(scores, beta, e), torch.stack(entry.slopes(scores, beta, e))
+        if entry.is_mean:
+            slopes = slopes / _known(counts)
+        if u_slope is not None:
+            slopes = slopes * u_slope
+        found.append((losses, slopes) if weight == 1.0 else (weight * losses, weight * slopes))
+    losses, slopes = found[0]
+    for more_losses, more_slopes in found[1:]:
+        losses, slopes = losses + more_losses, slopes + more_slopes
+    if spec.use_weighting:
+        likelihood = (logps.detach() / _known(counts)).sum(0).clamp(max=0).exp()  # a constant for autograd
+        losses, slopes = losses * likelihood, slopes * likelihood
+    return losses, slopes
+
+
+def _known(counts: Tensor | None) -> Tensor:
+    assert counts is not None  # checked where they were given
+    return counts
