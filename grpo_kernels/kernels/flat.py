@@ -8,16 +8,15 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, Generic, TypeVar, get_type_hints
+from typing import Any, Generic, NamedTuple, TypeVar, get_type_hints
 
 import torch
 from torch import Tensor
 
-EITHER = float | Tensor
 SCHEMA_TYPES: dict[Any, tuple[str, ...]] = {
     Tensor: ("Tensor{} {}",),
     Tensor | None: ("Tensor{}? {}",),
-    EITHER: ("Tensor{}? {}_tensor", "float{} {}"),  # one of them; the number is not looked at beside a tensor
+    float | Tensor: ("Tensor{}? {}_tensor", "float{} {}"),  # one of them; the number is not looked at beside a tensor
     int: ("int{} {}",),
     float: ("float{} {}",),
     bool: ("bool{} {}",),
@@ -30,41 +29,52 @@ SCHEMA_TYPES: dict[Any, tuple[str, ...]] = {
 Packable = TypeVar("Packable")
 
 
+class Field(NamedTuple):
+    name: str
+    size: int
+    """Arguments that it takes: two where it is a number or a tensor."""
+    nested: Flat[Any] | None
+
+
 class Flat(Generic[Packable]):
     """Packs objects of one class (a NamedTuple, or a dataclass), and those of such classes that they hold.
 
     ``mutated``: fields whose tensors an operator writes to. ``outside``: fields that no operator gets.
     """
 
+    schema: str
+    size: int
+
     def __init__(self, cls: type[Packable], mutated: Sequence[str] = (), outside: Sequence[str] = ()) -> None:
         self.cls = cls
-        self.schema, self.size = "", 0
         hints = get_type_hints(cls)
         of_class: Sequence[str] = getattr(cls, "_fields", ())
         names = of_class or [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
-        self.fields: list[tuple[str, Any, int]] = []  # name, type (a Flat for a class), number of arguments
+        self.fields: list[Field] = []
         arguments: list[str] = []
         for name in names:
             if name in outside:
                 continue
-            hint, begin = hints[name], len(arguments)
+            hint = hints[name]
             if hint in SCHEMA_TYPES:
                 alias = f"({'abcdefgh'[mutated.index(name)]}!)" if name in mutated else ""
-                arguments += [text.format(alias, name) for text in SCHEMA_TYPES[hint]]
+                texts = [text.format(alias, name) for text in SCHEMA_TYPES[hint]]
+                self.fields.append(Field(name, len(texts), None))
+                arguments += texts
             else:
-                hint = Flat(hint)
-                arguments.append(hint.schema)
-            self.fields.append((name, hint, hint.size if isinstance(hint, Flat) else len(arguments) - begin))
-        self.size = sum(size for *_, size in self.fields)
+                nested: Flat[Any] = Flat(hint)
+                self.fields.append(Field(name, nested.size, nested))
+                arguments.append(nested.schema)
+        self.size = sum(field.size for field in self.fields)
         self.schema = ", ".join(arguments)
 
     def pack(self, value: Packable) -> tuple[Any, ...]:
         packed: list[Any] = []
-        for name, hint, _ in self.fields:
+        for name, size, nested in self.fields:
             field = getattr(value, name)
-            if isinstance(hint, Flat):
-                packed += hint.pack(field)
-            elif hint != EITHER:
+            if nested is not None:
+                packed += nested.pack(field)
+            elif size == 1:
                 packed.append(field)
             elif isinstance(field, Tensor):
                 packed += [field, 0.0]
@@ -74,15 +84,15 @@ class Flat(Generic[Packable]):
 
     def unpack(self, packed: Sequence[Any]) -> Packable:
         fields, begin = {}, 0
-        for name, hint, size in self.fields:
+        for name, size, nested in self.fields:
             values = packed[begin : begin + size]
             begin += size
-            if isinstance(hint, Flat):
-                fields[name] = hint.unpack(values)
-            elif hint == EITHER:
-                fields[name] = values[1] if values[0] is None else values[0]
-            else:  # an operator is given lists
+            if nested is not None:
+                fields[name] = nested.unpack(values)
+            elif size == 1:  # an operator is given lists
                 fields[name] = tuple(values[0]) if isinstance(values[0], list) else values[0]
+            else:
+                fields[name] = values[1] if values[0] is None else values[0]
         return self.cls(**fields)
 
 
