@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import sys
 from collections.abc import Sequence
 
 from grpo_kernels._version import __version__
+
+NEEDED_BY_TRAIN = ("accelerate", "datasets", "matplotlib", "rich", "transformers", "trl")
 
 
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="grpo_kernels", description="Group Robust Preference Optimization")
     top.add_argument("--version", action="version", version=__version__)
     commands = top.add_subparsers(dest="command", required=True)
-    _add_train(commands.add_parser("train", help="group-robust preference training, from data to a table"))
+    commands.add_parser("train", help="group-robust preference training, from data to a table", add_help=False)
     bench = commands.add_parser("bench", help="measure the backends against each other, leaving JSON records")
     bench.add_argument("--out", help="folder for the records (default: benchmarks/results/<device>)")
     bench.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
@@ -46,47 +49,10 @@ def _add_reproduce(command: argparse.ArgumentParser) -> None:
     command.add_argument("--out", help="folder for results.json and pictures; default: runs/reproduce-<date and time>")
 
 
-def _add_train(command: argparse.ArgumentParser) -> None:
-    from grpo_kernels.groups.sampling import STRATEGIES
-    from grpo_kernels.training.config import TrainConfig
-
-    defaults = TrainConfig()
-
-    def option(name: str, help_text: str, **kwargs: object) -> None:
-        default = getattr(defaults, name)
-        shown = "" if default is None or default is False else f" (default: {default})"
-        flag = "--" + name.replace("_", "-")
-        command.add_argument(flag, default=default, help=help_text + shown, **kwargs)  # type: ignore[arg-type]
-
-    option("data", "JSONL file (.gz too) of {prompt, chosen, rejected, group}; default: an embedded task")
-    option("eval_data", "JSONL file to evaluate on; default: a part of --data, from each group")
-    option("eval_fraction", "that part", type=float)
-    option("model", "local model directory; default: a small Llama with random weights")
-    option("hidden_size", "of the small Llama", type=int)
-    option("num_layers", "of the small Llama", type=int)
-    option("vocab_size", "of its byte-level tokenizer, learned from the data", type=int)
-    option("max_length", "tokens a sequence at most", type=int)
-    option("loss", "GR-DPO or GR-IPO", choices=("sigmoid", "ipo"))
-    option("beta", "strength of the pull towards the reference policy", type=float)
-    option("step_size", "of the group weights (eta); default: 0.05 / (loss at margin 0)", type=float)
-    option("sampling", "how batches are drawn", choices=STRATEGIES)
-    option("compare", "also train plain DPO or IPO from the same start", action="store_true")
-    option("steps", "of preference training", type=int)
-    option("sft_steps", "of warm-up on the chosen answers", type=int)
-    option("batch_size", "pairs a step", type=int)
-    option("learning_rate", "of preference training (AdamW)", type=float)
-    option("sft_learning_rate", "of the warm-up", type=float)
-    option("eval_every", "steps between evaluations", type=int)
-    option("checkpoint_every", "steps between checkpoints", type=int)
-    option("seed", "of data, model and batches", type=int)
-    option("device", "auto, cpu, cuda, ...")
-    option("backend", "of the loss; see doctor")
-    option("out", "folder for checkpoints and results; default: runs/<date and time>")
-    command.add_argument("--resume", action="store_true", help="go on with the run in --out, with its own options")
-
-
 def main(argv: Sequence[str] | None = None) -> int:
-    arguments = vars(parser().parse_args(argv))
+    words = list(sys.argv[1:] if argv is None else argv)
+    own = words[1:] if words[:1] == ["train"] else []  # its options are read there: TRL's are among them
+    arguments = vars(parser().parse_args(words[: len(words) - len(own)]))
     name = arguments.pop("command")
     try:
         if name == "doctor":
@@ -101,10 +67,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             from grpo_kernels.paper.command import ReproduceConfig, reproduce
 
             return reproduce(ReproduceConfig(**arguments))
-        from grpo_kernels.training.command import TrainConfig, train
+        missing = [package for package in NEEDED_BY_TRAIN if importlib.util.find_spec(package) is None]
+        if missing:
+            raise ImportError(f"train needs {', '.join(missing)}: pip install -c constraints.txt -e '.[train]'")
+        from grpo_kernels.training.command import train
 
-        resume = arguments.pop("resume")
-        return train(TrainConfig(**arguments), resume)
+        return train(own)
     except (ValueError, TypeError, OSError, ImportError, NotImplementedError) as error:
         print(f"grpo_kernels {name}: {error}", file=sys.stderr)
         return 2

@@ -131,7 +131,7 @@ def test_training_on_your_own_pairs(tmp_path: Path) -> None:
     command = [sys.executable, *shlex.split(training_command())[1:]]
     subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
     results = json.loads((tmp_path / "runs" / "mine" / "results.json").read_text())
-    assert set(results["runs"]["plain"]["groups"]) == {"north", "south"}
+    assert set(results["runs"]["plain"]["best"]["groups"]) == {"north", "south"}
 
 
 def headings(text: str) -> set[str]:

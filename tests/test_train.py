@@ -1,257 +1,346 @@
-"""The main job: tiny runs to the end, exact resume, interruption, real data, and the claim of the embedded task."""
+"""`python -m grpo_kernels train`: arms, data, options, and what a stop, a kill or a full disk leaves."""
 
 from __future__ import annotations
 
 import json
 import math
 import os
+import resource
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from grpo_kernels.__main__ import main
-from grpo_kernels.training import command as train
-from grpo_kernels.training import data, embedded_task
-from grpo_kernels.training.config import TrainConfig, resolved_step_size
-from grpo_kernels.training.job import Interrupted, TrainingJob
+os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+trl = pytest.importorskip("trl", reason="trl is not installed: pip install 'grpo-kernels[train]'")
 
-REAL = Path(__file__).parent.parent.parent / "shared" / "data"
-TINY = {"hidden_size": 32, "num_layers": 1, "batch_size": 8, "eval_every": 3, "checkpoint_every": 2}
+import datasets  # noqa: E402
+import transformers  # noqa: E402
+
+from grpo_kernels.__main__ import main  # noqa: E402
+from grpo_kernels.integrations import callbacks, checkpoints  # noqa: E402
+from grpo_kernels.integrations import transformers as hf  # noqa: E402
+
+ROWS = [
+    {
+        "prompt": f"What is {i}+{i}?",
+        "chosen": f" It is {2 * i}.",
+        "rejected": f" It is {2 * i + 1}!",
+        "group": "ab"[i % 3 == 0],
+    }
+    for i in range(24)
+]
+GROUPS = ("a", "b")
+FAST = ["--max_length", "64", "--per_device_train_batch_size", "4", "--learning_rate", "1e-2", "--disable_tqdm", "True"]
+FAST += ["--gradient_checkpointing", "False", "--max_steps", "4", "--eval_steps", "2", "--save_steps", "2"]
 
 
-def tiny(out: Path, **options) -> TrainConfig:
-    return TrainConfig(**{**TINY, "sft_steps": 3, "steps": 6, "out": str(out), **options})
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A folder with a tiny Llama and a tokenizer that has a chat template."""
+    folder = str(tmp_path_factory.mktemp("model"))
+    torch.manual_seed(0)
+    hf.small_llama(300, hidden_size=32, num_layers=1, max_length=64, pad_id=0).save_pretrained(folder)
+    tokenizer = hf.byte_level_tokenizer([], 300)
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.role[0] }}:{{ m.content }}\n{% endfor %}"
+        "{% if add_generation_prompt %}a:{% endif %}"
+    )
+    tokenizer.save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture(autouse=True)
-def _small_task(monkeypatch: pytest.MonkeyPatch) -> None:
-    original = embedded_task.generate_pairs
-    monkeypatch.setattr(embedded_task, "generate_pairs", lambda n, seed: original(min(n, 60), seed))
+def _cheap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.chdir(tmp_path)
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
-def records(out: Path) -> list[dict]:
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+@pytest.fixture
+def data(tmp_path: Path) -> str:
+    return written(tmp_path / "pairs.jsonl", ROWS)
 
 
-@pytest.mark.parametrize("loss", ["sigmoid", "ipo"])
-def test_a_run_leaves_what_it_says(tmp_path: Path, loss: str, capsys: pytest.CaptureFixture[str]) -> None:
-    results = train.start(tiny(tmp_path / "run", loss=loss, compare=True), resume=False)
-    out = tmp_path / "run"
-    shown = capsys.readouterr().out
-    for group in ("business", "casual", "editors"):
-        assert group in shown
-        for run in ("robust", "plain"):
-            scores = results["runs"][run]["groups"][group]
-            assert math.isfinite(scores["loss"])
-            assert 0 <= scores["accuracy"] <= 1
-    assert f"{results['runs']['plain']['worst_loss']:.4f}" in shown
-    assert sum(results["runs"]["robust"]["alpha"].values()) == pytest.approx(1)
-    assert json.loads((out / "results.json").read_text()) == results
-    evaluated = [(r["run"], r["step"]) for r in records(out) if "worst_loss" in r]
-    assert evaluated == [(run, step) for run in ("robust", "plain") for step in (0, 3, 6)]
+def written(path: Path, rows: list[dict[str, Any]]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def command(*words: Any) -> list[str]:
+    return ["train", *FAST, *map(str, words)]
+
+
+def records(out: Path, arm: str = "robust") -> list[dict[str, Any]]:
+    """The arm's log without what a clock has to do with."""
+    clock = ("runtime", "per_second", "flos", "num_tokens")
+    lines = [json.loads(line) for line in (out / arm / "metrics.jsonl").read_text().splitlines()]
+    kept = [{k: v for k, v in line.items() if not k.endswith(clock)} for line in lines if "train_runtime" not in line]
+    return kept
+
+
+def weights(out: Path, arm: str = "robust") -> dict[str, torch.Tensor]:
+    return transformers.AutoModelForCausalLM.from_pretrained(out / arm / "model").state_dict()
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    assert records(one) == records(other)
+    theirs = weights(other)
+    assert all(torch.equal(value, theirs[name]) for name, value in weights(one).items())
+
+
+def step_of(path: Path) -> int:
+    return int(path.name.split("-")[1])
+
+
+# -- arms --------------------------------------------------------------------------------------------------------------
+
+
+def test_three_arms_from_one_start(tmp_path: Path, capsys: pytest.CaptureFixture[str], data: str) -> None:
+    """Without --model: a small Llama of its own, warmed up."""
+    out = tmp_path / "out"
+    assert main(command("--data", data, "--compare", "--sft_steps", 2, "--samples", 1, "--out", out)) == 0
+    shown, results = capsys.readouterr().out, json.loads((out / "results.json").read_text())
+    assert list(results["runs"]) == ["plain", "IS", "robust"]
+    for arm, run in results["runs"].items():
+        assert (run["start"]["step"], run["last"]["step"]) == (0, 4)
+        assert run["best"]["worst_loss"] == min(
+            r["eval_groups/worst_loss"] for r in records(out, arm)[1:] if "eval_loss" in r
+        )
+        for group, count in (("a", 3), ("b", 2)):
+            scores = run["best"]["groups"][group]
+            assert scores["count"] == results["eval_pairs"][group] == count
+            assert scores["loss_se"] > 0
+            assert f"{scores['loss']:.3f} ± {scores['loss_se']:.3f}" in shown
+            assert run["start"]["groups"][group]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+        ((prompt, answer),) = results["samples"][arm]
+        assert prompt.startswith("What is ")
+        assert isinstance(answer, str)
+        assert transformers.AutoTokenizer.from_pretrained(out / arm / "model").eos_token == "</s>"
+    alphas = {arm: [run["last"]["groups"][group]["alpha"] for group in GROUPS] for arm, run in results["runs"].items()}
+    assert alphas["plain"] == pytest.approx([13 / 19, 6 / 19])
+    assert alphas["IS"] == pytest.approx([0.5, 0.5])
+    assert alphas["robust"] != pytest.approx([0.5, 0.5], abs=1e-6)
     assert (out / "training.png").read_bytes().startswith(b"\x89PNG")
-    start = {run: next(r for r in records(out) if r["run"] == run) for run in ("robust", "plain")}
-    assert start["robust"]["groups"] == start["plain"]["groups"]  # both set out from the same policy
-    at_zero = {"sigmoid": math.log(2), "ipo": 25.0}[loss]
-    assert start["robust"]["worst_loss"] == pytest.approx(at_zero, rel=1e-4)
 
 
-def test_the_trained_model_loads_again(tmp_path: Path) -> None:
-    train.start(tiny(tmp_path / "a"), resume=False)
-    results = train.start(tiny(tmp_path / "b", model=str(tmp_path / "a" / "model"), sft_steps=0), resume=False)
-    assert results["runs"]["robust"]["step"] == 6
-    assert main(["train", "--model", str(tmp_path / "none"), "--out", str(tmp_path / "c")]) == 2
+def test_the_plain_arm_is_trls_dpo(tmp_path: Path, data: str, model: str) -> None:
+    """The same losses and weights as TRL's own trainer on the same pairs. (Float32: it weighs each pair by 1.)"""
+    out = tmp_path / "out"
+    assert main(command("--data", data, "--eval_data", data, "--model", model, "--compare", "--out", out)) == 0
+    args = trl.DPOConfig(
+        str(tmp_path / "trl"), max_length=64, per_device_train_batch_size=4, learning_rate=1e-2, max_steps=4,
+        logging_steps=1, gradient_checkpointing=False, bf16=False, report_to="none", save_strategy="no",
+        disable_tqdm=True, dataloader_pin_memory=False, use_cpu=True,
+    )  # fmt: skip
+    rows = datasets.load_dataset("json", data_files=data, split="train")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model)
+    theirs = trl.DPOTrainer(model, args=args, train_dataset=rows, processing_class=tokenizer)
+    theirs.train()
+    expected = [record["rewards/margins"] for record in theirs.state.log_history if "loss" in record]
+    ours = [record["rewards/margins"] for record in records(out, "plain") if "loss" in record]
+    assert len(expected) == 4
+    assert ours == pytest.approx(expected, rel=1e-4, abs=1e-6)
 
 
-def state_of(path: Path) -> dict:
-    return torch.load(path, weights_only=True)
+def test_messages_go_through_the_chat_template(tmp_path: Path, model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    def turn(role: str, text: str) -> list[dict[str, str]]:
+        return [{"role": role, "content": text}]
+
+    rows = [
+        {
+            "prompt": turn("user", row["prompt"]),
+            **{name: turn("assistant", row[name]) for name in ("chosen", "rejected")},
+            "group": ("a", "b")[i % 2],
+        }
+        for i, row in enumerate(ROWS)
+    ]
+    data, out = written(tmp_path / "pairs.jsonl", rows), tmp_path / "out"
+    assert main(command("--data", data, "--model", model, "--max_steps", 1, "--samples", 1, "--out", out)) == 0
+    ((prompt, _),) = json.loads((out / "results.json").read_text())["samples"]["robust"]
+    assert prompt.startswith("u:What is ")
+    assert prompt.endswith("a:")
+    assert main(command("--data", data, "--out", tmp_path / "small")) == 2
+    assert "messages need a chat template" in capsys.readouterr().err
 
 
-def assert_same_state(a: Path, b: Path) -> None:
-    left, right = state_of(a), state_of(b)
-    assert left["step"] == right["step"]
-    for part in ("model", "group_weights"):
-        for name, value in left[part].items():
-            assert torch.equal(value, right[part][name]), f"{part}.{name}"
-    for index, moments in left["optimizer"]["state"].items():
-        assert torch.equal(moments["exp_avg"], right["optimizer"]["state"][index]["exp_avg"])
-    assert left["evaluations"] == right["evaluations"]
+def test_lora_saves_adapters(tmp_path: Path, data: str, model: str) -> None:
+    out = tmp_path / "out"
+    lora = ["--use_peft", "--lora_r", 2, "--lora_target_modules", "q_proj", "v_proj"]
+    assert main(command("--data", data, "--model", model, *lora, "--out", out)) == 0
+    saved = {path.name for path in (out / "robust" / "model").iterdir()}
+    assert "adapter_model.safetensors" in saved
+    assert "model.safetensors" not in saved
 
 
-@pytest.mark.parametrize("stop_after", ["sft:2", "robust:3", "plain:5"])
-def test_stop_and_resume_equals_the_uninterrupted_run(
-    tmp_path: Path, stop_after: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    train.start(tiny(whole, compare=True), resume=False)
-    phase, step = stop_after.split(":")
-    original = TrainingJob._log
-
-    def log_and_interrupt(self: TrainingJob, record: dict) -> None:
-        original(self, record)
-        if (record["run"], record["step"]) == (phase, int(step)) and "loss" in record:
-            os.kill(os.getpid(), signal.SIGINT)
-
-    monkeypatch.setattr(TrainingJob, "_log", log_and_interrupt)
-    with pytest.raises(Interrupted):
-        train.start(tiny(broken, compare=True), resume=False)
-    monkeypatch.undo()
-    _undone = embedded_task.generate_pairs
-    monkeypatch.setattr(embedded_task, "generate_pairs", lambda n, seed: _undone(min(n, 60), seed))
-    assert state_of(broken / f"{phase}.pt")["step"] == int(step)
-    train.start(TrainConfig(out=str(broken)), resume=True)
-    for name in ("sft", "robust", "plain"):
-        assert_same_state(whole / f"{name}.pt", broken / f"{name}.pt")
-    assert records(whole) == records(broken)
+# -- stops -------------------------------------------------------------------------------------------------------------
 
 
-def test_a_killed_run_goes_on_from_its_last_checkpoint(tmp_path: Path) -> None:
-    """SIGKILL in the middle: the checkpoint on disk is whole, and resuming ends where the uninterrupted run ends."""
-    options = ["--hidden-size", "32", "--num-layers", "1", "--batch-size", "8", "--steps", "40", "--sft-steps", "2"]
-    options += ["--checkpoint-every", "3", "--eval-every", "20"]
-    out = tmp_path / "killed"
-    process = subprocess.Popen(
-        [sys.executable, "-m", "grpo_kernels", "train", *options, "--out", str(out)], stdout=subprocess.DEVNULL
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory, model: str) -> Path:
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    assert (
+        main(command("--data", written(folder / "pairs.jsonl", ROWS), "--model", model, "--out", folder / "out")) == 0
     )
-    deadline = time.monotonic() + 120
-    while not (out / "robust.pt").exists() and time.monotonic() < deadline:
-        time.sleep(0.02)
+    return folder / "out"
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_saves_and_says_how_to_go_on(
+    number: int, status: int, tmp_path: Path, data: str, model: str, uninterrupted: Path,
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    out, log = tmp_path / "out", callbacks.Metrics.on_log
+
+    def log_and_stop(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        log(self, args, state, control, **kwargs)
+        if state.global_step == 1:
+            os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(callbacks.Metrics, "on_log", log_and_stop)
+    assert main(command("--data", data, "--model", model, "--out", out)) == status
+    monkeypatch.undo()
+    assert f"go on with: python -m grpo_kernels train --resume --out {out}" in capfd.readouterr().err
+    stopped = checkpoints.newest_whole(out / "robust")
+    assert step_of(Path(stopped)) in (1, 2)
+    assert main(["train", "--resume", "--out", str(out)]) == 0
+    assert_same_run(uninterrupted, out)
+
+
+def test_a_checkpoint_that_is_not_whole_is_passed_over(
+    tmp_path: Path, data: str, model: str, uninterrupted: Path
+) -> None:
+    """One was cut short, and the arm is not done: the run goes on from the one before, to the same end."""
+    out = tmp_path / "out"
+    assert main(command("--data", data, "--model", model, "--out", out)) == 0
+    (out / "robust" / "model").rename(tmp_path / "away")
+    optimizer = out / "robust" / "checkpoint-4" / "optimizer.pt"
+    os.truncate(optimizer, optimizer.stat().st_size // 2)
+    with pytest.warns(UserWarning, match=r"checkpoint-4 is not whole \(optimizer.pt\): passed over"):
+        assert main(["train", "--resume", "--out", str(out)]) == 0
+    assert_same_run(uninterrupted, out)
+    assert sorted(path.name for path in (out / "robust").glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-4"]
+    assert checkpoints.newest_whole(out / "robust") == str(out / "robust" / "checkpoint-4")
+
+
+def test_a_full_disk_is_named_and_the_last_good_checkpoint_stays(
+    tmp_path: Path, data: str, model: str, uninterrupted: Path,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    out, log = tmp_path / "out", callbacks.Metrics.on_log
+    unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def fill_the_disk(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        log(self, args, state, control, **kwargs)
+        if state.global_step == 3:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (16_000, unlimited[1]))  # writing more fails, as on a full disk
+
+    monkeypatch.setattr(callbacks.Metrics, "on_log", fill_the_disk)
+    try:
+        status = main(command("--data", data, "--model", model, "--out", out))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
+    monkeypatch.undo()
+    assert status == 2
+    message = capsys.readouterr().err.splitlines()[-1]
+    good = out / "robust" / "checkpoint-2"
+    assert f"{out}/robust/checkpoint-4 could not be written" in message
+    assert f"the last good checkpoint is {good}" in message
+    assert [path.name for path in (out / "robust").glob("*checkpoint*")] == ["checkpoint-2"]
+    assert main(["train", "--resume", "--out", str(out)]) == 0
+    assert_same_run(uninterrupted, out)
+
+
+def test_one_run_in_a_folder(tmp_path: Path, data: str, model: str, uninterrupted: Path, capsys: Any) -> None:
+    with checkpoints.alone_in(tmp_path / "out"):
+        assert main(command("--data", data, "--model", model, "--out", tmp_path / "out")) == 2
+    assert "out must not be in use, another run is writing to" in capsys.readouterr().err
+    assert main(command("--data", data, "--model", model, "--out", uninterrupted)) == 2
+    assert "out must not hold a run already" in capsys.readouterr().err
+    assert main(["train", "--resume", "--out", str(tmp_path / "none")]) == 2
+    assert "out must hold a run to resume" in capsys.readouterr().err
+
+
+def test_resume_refuses_what_has_changed(tmp_path: Path, model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    copy, file, out = tmp_path / "copy", tmp_path / "rows.jsonl", tmp_path / "out"
+    transformers.AutoModelForCausalLM.from_pretrained(model).save_pretrained(copy)
+    transformers.AutoTokenizer.from_pretrained(model).save_pretrained(copy)
+    settings = tmp_path / "settings.yaml"
+    settings.write_text("beta: 0.2\ngroup_options: {floor: 0.1}\n")
+    words = command(
+        "--data", written(file, ROWS), "--model", copy, "--config", settings, "--out", out, "--max_steps", 1
+    )
+    assert main(words) == 0
+    assert json.loads((out / "results.json").read_text())["beta"] == 0.2
+
+    def refusal() -> str:
+        capsys.readouterr()
+        assert main(["train", "--resume", "--out", str(out)]) == 2
+        return capsys.readouterr().err
+
+    written(file, [{**row, "chosen": row["chosen"] + "!"} for row in ROWS])
+    assert "data must be that of the run to resume: changed since" in refusal()
+    written(file, [{**row, "group": "north"} for row in ROWS])
+    assert "groups must be that of the run to resume: was {'a': 13, 'b': 6}, is {'north': 19}" in refusal()
+    written(file, ROWS)
+    settings.write_text("beta: 0.2\n")
+    assert "config must be that of the run to resume" in refusal()
+    settings.write_text("beta: 0.2\ngroup_options: {floor: 0.1}\n")
+    with (copy / "model.safetensors").open("r+b") as opened:
+        opened.seek(-1, os.SEEK_END)
+        opened.write(b"\1")
+    assert "model must be that of the run to resume: changed since" in refusal()
+
+
+# -- processes of their own --------------------------------------------------------------------------------------------
+
+
+def start(*command: str) -> subprocess.Popen:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen([sys.executable, "-m", *command], env=environment, stderr=subprocess.PIPE, text=True)
+
+
+def test_a_killed_run_resumes_bit_for_bit(tmp_path: Path, data: str, model: str) -> None:
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    words = command("--data", data, "--model", model, "--max_steps", 40)
+    assert main([*words, "--out", str(whole)]) == 0
+    process, deadline = start("grpo_kernels", *words, "--out", str(killed)), time.monotonic() + 200
+    while not list((killed / "robust").glob("checkpoint-*")) and time.monotonic() < deadline:
+        time.sleep(0.01)
     process.kill()
-    process.wait()
-    reached = state_of(out / "robust.pt")["step"]
-    assert 0 < reached < 40
-    for path, resume in ((out, ["--resume"]), (tmp_path / "whole", options)):
-        command = [sys.executable, "-m", "grpo_kernels", "train", *resume, "--out", str(path)]
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-    assert_same_state(out / "robust.pt", tmp_path / "whole" / "robust.pt")
+    process.communicate()
+    assert not (killed / "robust" / "model").exists(), "it was killed on the way"
+    assert main(["train", "--resume", "--out", str(killed)]) == 0
+    assert_same_run(whole, killed)
 
 
-def test_ctrl_c_on_the_command_line(tmp_path: Path) -> None:
-    out = tmp_path / "run"
-    command = [sys.executable, "-m", "grpo_kernels", "train", "--sft-steps", "100000", "--hidden-size", "32"]
-    process = subprocess.Popen([*command, "--out", str(out)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 120
-    while not (out / "metrics.jsonl").exists() and time.monotonic() < deadline:
-        time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert f"--resume --out {out}" in errors
-    assert state_of(out / "sft.pt")["step"] >= 1
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="this PyTorch has no torch.distributed")
+def test_two_processes_are_one_run(tmp_path: Path, data: str, model: str, uninterrupted: Path) -> None:
+    """The run of one process, and what two have saved goes on in one."""
+    out = tmp_path / "out"
+    words = command("--data", data, "--model", model, "--per_device_train_batch_size", 2, "--out", out)
+    ranks = ("torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "grpo_kernels")
+    _, errors = (process := start(*ranks, *words)).communicate()
+    assert process.returncode == 0, errors
+    assert_close_runs(uninterrupted, out)
+    (out / "robust" / "model").rename(tmp_path / "two")
+    (out / "robust" / "checkpoint-4").rename(tmp_path / "later")
+    assert main(["train", "--resume", "--out", str(out)]) == 2  # half a batch
+    assert main(["train", "--resume", "--out", str(out), "--per_device_train_batch_size", "4"]) == 0
+    assert_close_runs(uninterrupted, out)
 
 
-def test_refusals(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    pairs = tmp_path / "pairs.jsonl"
-    lines = [{"prompt": "p", "chosen": f"yes {i}", "rejected": "no", "group": "ab"[i % 2]} for i in range(20)]
-    pairs.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    run = tmp_path / "run"
-    train.start(tiny(run, data=str(pairs), steps=1, sft_steps=1), resume=False)
-    with pytest.raises(ValueError, match="out must not hold a run already"):
-        train.start(tiny(run), resume=False)
-    with pytest.raises(ValueError, match="out must hold a run to resume"):
-        train.start(TrainConfig(out=str(tmp_path / "none")), resume=True)
-    other = tmp_path / "other.jsonl"
-    other.write_text(json.dumps({**lines[0], "group": "zebra"}) + "\n")
-    with pytest.raises(ValueError, match=r"the training data lacks: 'zebra' \(1 pairs\)"):
-        train.start(tiny(tmp_path / "x", data=str(pairs), eval_data=str(other)), resume=False)
-    assert not (tmp_path / "x").exists()
-    pairs.write_text(pairs.read_text() + "\n")
-    with pytest.raises(ValueError, match=r"changed since: .*pairs.jsonl"):
-        train.start(TrainConfig(out=str(run)), resume=True)
-    pairs.write_text("{}\n")
-    assert main(["train", "--data", str(pairs), "--out", str(tmp_path / "y")]) == 2
-    assert "pairs.jsonl:1: field 'prompt' is missing" in capsys.readouterr().err
-
-
-def test_balanced_sampling_uses_group_means(tmp_path: Path) -> None:
-    results = train.start(tiny(tmp_path / "run", sampling="balanced", steps=3), resume=False)
-    assert sum(results["runs"]["robust"]["alpha"].values()) == pytest.approx(1)
-
-
-def test_default_step_size_is_in_units_of_the_loss() -> None:
-    assert resolved_step_size(TrainConfig(loss="sigmoid")) == pytest.approx(0.05 / math.log(2))
-    assert resolved_step_size(TrainConfig(loss="ipo", beta=0.1)) == pytest.approx(0.05 / 25)
-    assert resolved_step_size(TrainConfig(step_size=0.7)) == 0.7
-
-
-@pytest.mark.skipif(not REAL.is_dir(), reason="the real preference data lies beside the project, not in it")
-def test_real_data(tmp_path: Path) -> None:
-    files = {name: str(REAL / f"bilingual.{name}.jsonl.gz") for name in ("train", "test")}
-    pairs = data.load_pairs(files["train"])
-    groups = data.Groups(pairs)
-    assert dict(zip(groups.names, groups.sizes, strict=True)) == {
-        "en-code": 20,
-        "en-prose": 221,
-        "zh-code": 18,
-        "zh-prose": 223,
-    }
-    config = tiny(
-        tmp_path / "run",
-        data=files["train"],
-        eval_data=files["test"],
-        compare=True,
-        max_length=64,
-        vocab_size=600,
-        steps=4,
-        sft_steps=2,
-        eval_every=4,
-    )
-    results = train.start(config, resume=False)
-    for run in ("robust", "plain"):
-        assert set(results["runs"][run]["groups"]) == set(groups.names)
-        assert results["runs"][run]["groups"]["zh-code"]["loss"] != pytest.approx(math.log(2), abs=1e-6)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("seed", [0, 1])
-def test_the_worst_group_is_better_off(tmp_path: Path, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the README shows: on the embedded task the robust run's worst group does clearly better."""
-    monkeypatch.undo()
-    results = train.start(TrainConfig(compare=True, seed=seed, out=str(tmp_path / "run")), resume=False)
-    runs = results["runs"]
-    assert runs["robust"]["worst_loss"] < 0.8 * runs["plain"]["worst_loss"]
-    assert runs["robust"]["alpha"]["editors"] > 0.3
-
-
-@pytest.mark.parametrize(
-    ("option", "value", "message"),
-    [
-        ("beta", -1.0, "beta must be finite"),
-        ("batch_size", 0, "batch_size must be finite"),
-        ("steps", -3, "steps must be finite"),
-        ("steps", 2.5, "steps must be a whole number"),
-        ("eval_every", 0, "eval_every must be finite"),
-        ("learning_rate", float("nan"), "learning_rate must be finite"),
-        ("eval_fraction", 2.0, "eval_fraction must be finite"),
-        ("vocab_size", 10, "vocab_size must be finite"),
-        ("hidden_size", 100, "hidden_size must be a multiple of 64"),
-        ("backend", "foo", "backend must be one of"),
-        ("device", "tpu9", "device must be one that works here, got 'tpu9'"),
-        ("sampling", "none", "sampling must be one of"),
-    ],
-)
-def test_a_bad_option_is_refused_before_anything_is_written(
-    option: str, value: object, message: str, tmp_path: Path
-) -> None:
-    with pytest.raises((ValueError, TypeError), match=message):
-        train.start(tiny(tmp_path / "run", **{option: value}), resume=False)
-    assert not (tmp_path / "run").exists()
-
-
-def test_resume_takes_no_other_options(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="give --resume and --out alone"):
-        train.start(TrainConfig(out=str(tmp_path), steps=5), resume=True)
-    with pytest.raises(ValueError, match="out must name the folder"):
-        train.start(TrainConfig(), resume=True)
-
-
-def test_a_missing_package_is_told_before_anything_is_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(train, "PACKAGES", ("rich", "no_such_package"))
-    with pytest.raises(ImportError, match=r"train needs no_such_package: pip install .*\[train\]"):
-        train.start(TrainConfig(out=str(tmp_path / "run")), resume=False)
-    assert not (tmp_path / "run").exists()
+def assert_close_runs(one: Path, other: Path) -> None:
+    """Losses and alpha of each step; float32's rounding, in another order of additions, through 4 steps of AdamW."""
+    for ours, theirs in zip(records(one), records(other), strict=True):
+        for name in ("loss", "groups/a/alpha", "groups/b/alpha", "eval_groups/a/loss", "eval_groups/b/loss"):
+            if name in ours:
+                assert theirs[name] == pytest.approx(ours[name], abs=1e-5), (name, ours["step"])

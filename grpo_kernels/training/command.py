@@ -1,66 +1,200 @@
-"""`python -m grpo_kernels train`: group-robust preference training from data to table, resumable at any step."""
+"""`python -m grpo_kernels train`: GroupRobustDPOTrainer from a data file to a table, in one process or many."""
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
-import importlib.util
+import copy
 import json
+import os
 import sys
-from datetime import datetime
+import time
+import warnings
+from collections import Counter
+from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from grpo_kernels.training.config import TrainConfig
-from grpo_kernels.training.job import Interrupted, TrainingJob, write_atomically
+import datasets
+import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+from transformers import EarlyStoppingCallback
+from transformers.utils import logging
+from trl import get_peft_config, get_quantization_config
 
-PACKAGES = ("transformers", "tokenizers", "rich", "matplotlib")
+from grpo_kernels.integrations import callbacks, checkpoints
+from grpo_kernels.integrations import datasets as pairs
+from grpo_kernels.training import embedded_task, report, start
+from grpo_kernels.training.options import loss_at_zero, parse, word_after
 
-
-def start(config: TrainConfig, resume: bool) -> dict[str, Any]:
-    """Run or resume; returns what results.json holds.
-
-    Raises:
-        ValueError: the output folder holds a run already, or (with resume) does not, or its data file has changed.
-        Interrupted: Ctrl-C or SIGTERM; run again with resume to go on.
-    """
-    missing = [package for package in PACKAGES if importlib.util.find_spec(package) is None]
-    if missing:  # now, not when hours of training end with a picture
-        raise ImportError(f"train needs {', '.join(missing)}: pip install -c constraints.txt -e '.[train]'")
-    if resume and config.out is None:
-        raise ValueError("out must name the folder of the run to resume, got None")
-    if resume and config != TrainConfig(out=config.out):
-        raise ValueError("a run is resumed with its own options: give --resume and --out alone")
-    out = Path(config.out or f"runs/{datetime.now():%Y%m%d-%H%M%S}")
-    saved = out / "config.json"
-    if resume:
-        if not saved.is_file():
-            raise ValueError(f"out must hold a run to resume, {str(out)!r} has no config.json")
-        stored = json.loads(saved.read_text())
-        config = TrainConfig(**stored["options"])
-        changed = [path for path, digest in stored["data_sha256"].items() if _sha256(path) != digest]
-        if changed:
-            raise ValueError(f"the data must be that of the run to resume; changed since: {', '.join(changed)}")
-    else:
-        if saved.exists():
-            raise ValueError(f"out must not hold a run already: {str(out)!r} does; resume it or name another folder")
-        files = [path for path in (config.data, config.eval_data) if path]
-        stored = {"options": dataclasses.asdict(config), "data_sha256": {path: _sha256(path) for path in files}}
-    job = TrainingJob(config, out)
-    out.mkdir(parents=True, exist_ok=True)
-    write_atomically(saved, json.dumps(stored, indent=2).encode())
-    return job.run()
+UNIFORM = {"group_step_size": 0.0, "group_options": None, "group_estimator": "importance"}
+ARMS: dict[str, dict[str, Any]] = {"plain": UNIFORM, "IS": UNIFORM, "robust": {}}  # changes of the trainer's config
 
 
-def _sha256(path: str) -> str:
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
-
-
-def train(config: TrainConfig, resume: bool) -> int:
-    """The exit status: 0 done, 130 interrupted with everything saved."""
+def train(arguments: Sequence[str]) -> int:
+    """The exit status: 0, or 130 and 143 for a run that Ctrl-C or SIGTERM has stopped with everything saved."""
+    warnings.simplefilter("ignore", FutureWarning)  # of the libraries about each other
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # its errors are raised, too
+    run, stop = None, callbacks.StopOnSignal()
     try:
-        start(config, resume)
-    except Interrupted as interrupted:
-        print(f"stopped; go on with: python -m grpo_kernels train --resume --out {interrupted}", file=sys.stderr)
-        return 130
+        run = Run(list(arguments), stop)
+        with checkpoints.alone_in(run.out) if run.is_main else nullcontext():
+            run.start()
+    except callbacks.Interrupted as interrupted:
+        if run is not None and run.saved.exists():
+            run.say(f"stopped; go on with: python -m grpo_kernels train --resume --out {run.out}", sys.stderr)
+        return 128 + interrupted.number
+    finally:
+        stop.restore()
+    PartialState().destroy_process_group()
     return 0
+
+
+class Run:
+    """One run in one folder: its options, its data, and the arms to train from one start."""
+
+    def __init__(self, arguments: list[str], stop: callbacks.StopOnSignal) -> None:
+        self.stop = stop
+        self.options, self.config, self.model = parse(arguments)
+        self.ranks = PartialState()
+        self.is_main = self.ranks.is_main_process
+        if not self.is_main:
+            warnings.simplefilter("ignore")
+            os.environ["TQDM_DISABLE"] = "1"
+        self.out = Path(broadcast_object_list([self.config.output_dir])[0]).absolute()
+        self.saved = self.out / "run.json"
+        self.stored = {}
+        if self.options.resume:
+            if not self.saved.is_file():
+                raise ValueError(f"out must hold a run to resume, {str(self.out)!r} has no run.json")
+            self.stored = json.loads(self.saved.read_text())
+            arguments = [*self.stored["arguments"], *arguments]  # the later of two counts
+            self.options, self.config, self.model = parse(arguments)
+        elif self.is_main and self.saved.exists():
+            raise ValueError(f"out must not hold a run already: {str(self.out)!r} does; --resume goes on with it")
+        self.arguments = [word for word in arguments if word != "--resume"]
+
+    def say(self, text: str, file: Any = None) -> None:
+        if self.is_main:
+            print(text, file=file or sys.stdout, flush=True)
+
+    def start(self) -> None:
+        with self.ranks.main_process_first():
+            self.train_rows, self.eval_rows = self._rows()
+        if len(self.train_rows) < 5000:  # tokenising takes no time: no bars
+            datasets.disable_progress_bars()
+        facts = self._facts()
+        self._check_or_save(facts)
+        self._describe(facts)
+        name = self.model.model_name_or_path or start.small_model(
+            self.out / "start", self.train_rows, self.options, self.config
+        )
+        self.tokenizer = start.tokenizer_of(name, self.config, self.model)
+        for rows, source in ((self.train_rows, self.options.data), (self.eval_rows, self.options.eval_data)):
+            pairs.check_tokens(rows, self.tokenizer, source or self.options.data or "of the embedded task")
+        arms = list(ARMS) if self.options.compare else ["robust"]
+        for arm in arms:
+            if not (self.out / arm / "model").exists():
+                self._train_arm(arm, name)
+        if self.is_main:
+            report.finish(self.out, arms, facts)
+
+    def _rows(self) -> tuple[datasets.Dataset, datasets.Dataset]:
+        options, seed = self.options, self.config.seed
+        if options.data is None:
+            return embedded_task.data_set(4000, seed), embedded_task.data_set(600, seed + 10_000)
+        skip, column = options.on_bad_row == "skip", self.config.group_column
+        how = pairs.Reading(column, skip, options.eval_fraction, options.split_by, seed)
+        return pairs.load_pairs(options.data, options.eval_data, how)
+
+    def _facts(self) -> dict[str, Any]:
+        """What results.json says of the run, and what must be the same when it is resumed."""
+        config, model = self.config, self.model.model_name_or_path
+        per_step = config.per_device_train_batch_size * config.gradient_accumulation_steps * self.ranks.num_processes
+        return {
+            "model": model or "small Llama",
+            "data": self.options.data or "embedded task",
+            "loss_type": config.loss_type[0],
+            "beta": config.beta,
+            "step_size": config.group_step_size,
+            "seed": config.seed,
+            "loss_at_zero": loss_at_zero(config),
+            "groups": dict(sorted(Counter(map(str, self.train_rows[config.group_column])).items())),
+            "pairs_per_step": per_step,
+            "data_sha256": checkpoints.digest_of_rows(self.train_rows),
+            "eval_data_sha256": checkpoints.digest_of_rows(self.eval_rows),
+            "model_sha256": checkpoints.digest_of_files(model),
+            "config_sha256": checkpoints.digest_of_files(word_after("--config", self.arguments)),
+        }
+
+    def _check_or_save(self, facts: dict[str, Any]) -> None:
+        if self.options.resume:
+            checkpoints.check_unchanged(self.stored, facts)
+        elif self.is_main:
+            with checkpoints.whole(self.saved) as part:
+                part.write_text(json.dumps({"arguments": self.arguments, **facts}, indent=2))
+        self.ranks.wait_for_everyone()
+
+    def _describe(self, facts: dict[str, Any]) -> None:
+        groups = ", ".join(f"{name} {size}" for name, size in facts["groups"].items())
+        self.say(
+            f"{facts['model']} on {facts['data']}: {len(self.train_rows)} training pairs ({groups}), "
+            f"{len(self.eval_rows)} evaluation pairs, {facts['pairs_per_step']} pairs a step, output in {self.out}"
+        )
+        if self.options.data == pairs.POLIS:
+            self.say(pairs.POLIS_SOURCE)
+
+    # -- an arm ------------------------------------------------------------------------------------------------
+
+    def _train_arm(self, arm: str, name: str) -> None:
+        began, folder = time.perf_counter(), self.out / arm
+        trainer = self._trainer(arm, name, folder)
+        checkpoint = checkpoints.newest_whole(folder) if self.options.resume else None
+        if checkpoint is not None:
+            trainer.args.eval_on_start = False  # it is in the checkpoint's history
+        trainer.train(resume_from_checkpoint=checkpoint)
+        if self.stop.number:
+            raise callbacks.Interrupted(self.stop.number)
+        if self.is_main:
+            about = {"group_names": trainer.group_names, "samples": report.samples_of(trainer, self.options)}
+            about["seconds"] = round(time.perf_counter() - began, 1)
+            with checkpoints.whole(folder / "arm.json") as part:
+                part.write_text(json.dumps(about))
+        model = folder / "model"  # the last to be written: an arm that has it is done
+        with checkpoints.whole(model) if self.is_main else nullcontext(folder / ".model.part") as part:
+            trainer.save_model(str(part))
+        self.ranks.wait_for_everyone()
+
+    def _trainer(self, arm: str, name: str, folder: Path) -> Any:
+        config, model = copy.copy(self.config), self.model
+        config.output_dir = str(folder)
+        for option, value in ARMS[arm].items():
+            setattr(config, option, value)
+        loading = {"dtype": model.dtype, "attn_implementation": model.attn_implementation}
+        config.model_init_kwargs = {**loading, "revision": model.model_revision, **(config.model_init_kwargs or {})}
+        folder.mkdir(exist_ok=True)
+        watchers = [self.stop, callbacks.EvaluateAtTheEnd(), callbacks.Metrics(folder / "metrics.jsonl")]
+        if self.options.early_stopping_patience is not None:
+            watchers.append(EarlyStoppingCallback(self.options.early_stopping_patience))
+        trainer = checkpoints.ResumableTrainer(
+            name,
+            args=config,
+            train_dataset=self.train_rows,
+            eval_dataset=self.eval_rows,
+            processing_class=self.tokenizer,
+            callbacks=watchers,
+            quantization_config=get_quantization_config(model),
+            peft_config=get_peft_config(model),
+        )
+        callbacks.show_bar(trainer, arm)
+        if self.options.samples and (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
+            raise ValueError("samples must be 0 under FSDP and DeepSpeed: a rank has no whole model to answer with")
+        if arm == "plain":  # alpha_g = N_g / N undoes the importance weights N / N_g: the mean over pairs
+            sizes: Any = trainer.group_weights.group_sizes
+            trainer.group_weights.log_alpha.copy_((sizes.double() / sizes.sum()).log())
+        halves = {p.dtype for p in trainer.model.parameters() if p.requires_grad} & {torch.bfloat16, torch.float16}
+        if halves:
+            warnings.warn(f"small steps do not move {halves.pop()} weights: leave --dtype at float32", stacklevel=2)
+        return trainer

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import random
 
-from grpo_kernels.training.data import PreferencePair
+from datasets import Dataset
 
 SHARES = {"casual": 0.70, "business": 0.22, "editors": 0.08}
 PREFERS = {
@@ -38,11 +38,11 @@ TRAITS = ("tone", "length", "truth")
 VALUES = {"tone": ("friendly", "formal"), "length": ("long", "short"), "truth": ("right", "wrong")}
 
 
-def generate_pairs(num_pairs: int, seed: int) -> list[PreferencePair]:
+def generate_pairs(num_pairs: int, seed: int) -> list[dict[str, str]]:
     """``num_pairs`` pairs with groups in the shares of ``SHARES``, the same for the same seed.
 
     Example:
-        >>> {pair.group for pair in generate_pairs(200, seed=0)} == set(SHARES)
+        >>> {pair["group"] for pair in generate_pairs(200, seed=0)} == set(SHARES)
         True
     """
     rng = random.Random(seed)
@@ -53,7 +53,12 @@ def generate_pairs(num_pairs: int, seed: int) -> list[PreferencePair]:
     return pairs
 
 
-def _pair(group: str, rng: random.Random) -> PreferencePair:
+def data_set(num_pairs: int, seed: int) -> Dataset:
+    """The pairs in a file of `datasets`' cache, where what is made of them is found again, too."""
+    return Dataset.from_generator(generate_pairs, gen_kwargs={"num_pairs": num_pairs, "seed": seed})
+
+
+def _pair(group: str, rng: random.Random) -> dict[str, str]:
     thing, colour = rng.choice(THINGS)
     differing = rng.choice(TRAITS)
     traits = {trait: rng.choice(VALUES[trait]) for trait in TRAITS}
@@ -61,15 +66,16 @@ def _pair(group: str, rng: random.Random) -> PreferencePair:
     worse = next(value for value in VALUES[differing] if value != better)
     wrong = rng.choice([other for other in COLOURS if other != colour])
     chosen, rejected = (_answer(thing, colour, wrong, {**traits, differing: value}) for value in (better, worse))
-    return PreferencePair(f"User: {rng.choice(QUESTIONS).format(thing)}\nAssistant: ", chosen, rejected, group)
+    prompt = f"User: {rng.choice(QUESTIONS).format(thing)}\nAssistant:"
+    return {"prompt": prompt, "chosen": chosen, "rejected": rejected, "group": group}
 
 
 def _answer(thing: str, colour: str, wrong: str, traits: dict[str, str]) -> str:
     said = colour if traits["truth"] == "right" else wrong
     if traits["tone"] == "friendly":
-        text = f"Oh, that's easy! It's {said}."
+        text = f" Oh, that's easy! It's {said}."
         more = f" Ask me about a {thing} any time!"
     else:
-        text = f"The colour is {said}."
+        text = f" The colour is {said}."
         more = f" This is the usual colour of a {thing}."
     return text + more if traits["length"] == "long" else text

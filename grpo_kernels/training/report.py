@@ -1,68 +1,186 @@
-"""What `train` shows at the end: the table and the picture."""
+"""What `train` shows at the end: the table, the picture, results.json, and answers of each arm."""
 
 from __future__ import annotations
 
+import json
+import math
 from pathlib import Path
 from typing import Any
 
-from grpo_kernels.console import COLOURS
+from grpo_kernels.console import COLOURS, make_console
+from grpo_kernels.integrations.checkpoints import whole
+from grpo_kernels.training.options import TrainOptions
+
+SCORES = ("loss", "loss_se", "accuracy", "accuracy_se", "alpha", "count")
+NAMED_GROUPS = 8  # more than these: the worst by name, the rest grey
+Record = dict[str, Any]
 
 
-def print_results(console: Any, results: dict[str, Any]) -> None:
-    """A row for each group, and the worst group's loss of each run last."""
+def finish(out: Path, arms: list[str], facts: dict[str, Any]) -> dict[str, Any]:
+    """Write results.json and training.png, print the table; returns what results.json holds."""
+    histories = {arm: [json.loads(line) for line in (out / arm / "metrics.jsonl").open()] for arm in arms}
+    about = {arm: json.loads((out / arm / "arm.json").read_text()) for arm in arms}
+    groups = about[arms[0]]["group_names"]
+    runs = {arm: _summary(histories[arm], groups) for arm in arms}
+    results = {
+        **facts,
+        "eval_pairs": {name: scores["count"] for name, scores in runs[arms[0]]["last"]["groups"].items()},
+        "runs": runs,
+        "seconds": {arm: about[arm]["seconds"] for arm in arms},
+        "peak_rss_gib": _peak_rss_gib(),
+        "samples": {arm: about[arm]["samples"] for arm in arms},
+    }
+    console = make_console()
+    _print_table(console, results)
+    for arm, answers in results["samples"].items():
+        for prompt, answer in answers:
+            console.print(f"{prompt!r}\n  {arm}: {answer!r}", highlight=False, markup=False)
+    with whole(out / "results.json") as part:
+        part.write_text(json.dumps(results, indent=2))
+    with whole(out / "training.png") as part:
+        _save_picture(histories, groups, results, part)
+    console.print(f"results.json, training.png, and each arm's metrics.jsonl and model/ are in {out}", highlight=False)
+    return results
+
+
+def _evaluations(history: list[Record]) -> list[Record]:
+    return [record for record in history if "eval_groups/worst_loss" in record]
+
+
+def _summary(history: list[Record], groups: list[str]) -> dict[str, Any]:
+    """The evaluations at the start, at the best step (of the model that is kept) and at the last."""
+    evaluations = _evaluations(history)
+    trained = [record for record in evaluations if record["step"]] or evaluations
+    best = min(trained, key=lambda record: record["eval_groups/worst_loss"])
+    return {
+        name: _scores(r, groups) for name, r in (("start", evaluations[0]), ("best", best), ("last", evaluations[-1]))
+    }
+
+
+def _scores(record: Record, groups: list[str]) -> dict[str, Any]:
+    by_group: dict[str, dict[str, Any]] = {
+        name: {score: record.get(f"eval_groups/{name}/{score}") for score in SCORES}
+        for name in groups
+        if f"eval_groups/{name}/loss" in record
+    }
+    worst = max(by_group, key=lambda name: float(by_group[name]["loss"]))
+    return {"step": record["step"], "worst_group": worst, "worst_loss": by_group[worst]["loss"], "groups": by_group}
+
+
+def _with_error(value: float, error: float | None, digits: int) -> str:
+    return f"{value:.{digits}f}" + ("" if error is None else f" ± {error:.{digits}f}")
+
+
+def _print_table(console: Any, results: dict[str, Any]) -> None:
+    """A row for each group and arm at the arm's best step, and the worst group of each arm last."""
+    from rich import box
     from rich.table import Table
 
     runs = results["runs"]
-    table = Table(title=f"Evaluation by group, loss_type={results['loss']!r}, seed {results['seed']}")
-    for title in ("group", "train pairs", "robust loss", "accuracy", "alpha"):
-        table.add_column(title, justify="left" if title == "group" else "right")
-    if "plain" in runs:
-        table.add_column("plain loss", justify="right")
-        table.add_column("accuracy", justify="right")
-    for group, scores in runs["robust"]["groups"].items():
-        row = [group, str(results["group_sizes"][group]), f"{scores['loss']:.4f}", f"{scores['accuracy']:.3f}"]
-        row.append(f"{runs['robust']['alpha'][group]:.4f}")
-        if "plain" in runs:
-            plain = runs["plain"]["groups"][group]
-            row += [f"{plain['loss']:.4f}", f"{plain['accuracy']:.3f}"]
-        table.add_row(*row)
-    table.add_section()
-    worst = ["worst group", "", f"{runs['robust']['worst_loss']:.4f}", "", ""]
-    if "plain" in runs:
-        worst += [f"{runs['plain']['worst_loss']:.4f}", ""]
-    table.add_row(*worst)
+    title = f"{results['model']}, {results['data']}, loss {results['loss_type']}, seed {results['seed']}"
+    table = Table(
+        title=title, box=box.SIMPLE, pad_edge=False, caption="± standard error over pairs; a tie is half right"
+    )
+    for name in ("group", "train/eval", "arm", "loss", "at end", "accuracy", "alpha"):
+        table.add_column(name, justify="left" if name in ("group", "arm") else "right", no_wrap=name != "group")
+    for group, count in results["eval_pairs"].items():
+        first = (group, f"{results['groups'][group]}/{count:.0f}")
+        for arm, run in runs.items():
+            best, last = (run[when]["groups"][group] for when in ("best", "last"))
+            accuracy = _with_error(best["accuracy"], best["accuracy_se"], 2)
+            loss = _with_error(best["loss"], best["loss_se"], 3)
+            table.add_row(*first, arm, loss, f"{last['loss']:.3f}", accuracy, f"{best['alpha']:.3f}")
+            first = ("", "")
+        table.add_section()
+    first = ("worst group", "")
+    for arm, run in runs.items():
+        best, last = run["best"], run["last"]
+        loss = _with_error(best["worst_loss"], best["groups"][best["worst_group"]]["loss_se"], 3)
+        table.add_row(*first, arm, loss, f"{last['worst_loss']:.3f}", best["worst_group"], "")
+        first = ("", "")
     console.print(table)
-    seconds = ", ".join(f"{name} {value} s" for name, value in results["seconds"].items())
-    console.print(f"{seconds}; peak memory {results['peak_rss_gib']} GiB", highlight=False)
+    steps = ", ".join(f"{arm} {run['best']['step']} of {run['last']['step']}" for arm, run in runs.items())
+    seconds = ", ".join(f"{arm} {value} s" for arm, value in results["seconds"].items())
+    console.print(f"best step, kept: {steps}; {seconds}; peak memory {results['peak_rss_gib']} GiB", highlight=False)
 
 
-def save_picture(evaluations: dict[str, list[dict[str, Any]]], loss_type: str, path: Path) -> None:
-    """Group losses of the evaluation pairs over steps (solid: robust, dashed: plain), and alpha over steps."""
+def _save_picture(histories: dict[str, list[Record]], groups: list[str], results: dict[str, Any], path: Path) -> None:
+    """Above: loss of each group in each arm, alpha of each step; below: accuracy, and the worst group of each arm."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
-    from matplotlib.lines import Line2D
 
-    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    arms = list(histories)
+    figure = Figure(figsize=(4.2 * (len(arms) + 1), 7.2), layout="constrained")
     FigureCanvasAgg(figure)
-    loss_axes, alpha_axes = figure.subplots(1, 2)
-    robust = evaluations["robust"]
-    groups = list(robust[0]["groups"])
-    for i, group in enumerate(groups):
-        colour = COLOURS[i % len(COLOURS)]
-        for name, style in (("robust", "-"), ("plain", "--")):
-            series = evaluations.get(name, [])
-            if series:
-                values = [record["groups"][group]["loss"] for record in series]
-                loss_axes.plot([record["step"] for record in series], values, style, color=colour)
-        alpha = [record["alpha"][group] for record in robust]
-        alpha_axes.plot([record["step"] for record in robust], alpha, color=colour, label=group)
-    handles = [Line2D([], [], color=COLOURS[i % len(COLOURS)], label=group) for i, group in enumerate(groups)]
-    if "plain" in evaluations:
-        handles += [Line2D([], [], color="grey", label="robust"), Line2D([], [], ls="--", color="grey", label="plain")]
-    loss_axes.legend(handles=handles, fontsize="small")
-    loss_axes.set(xlabel="step", ylabel=f"evaluation loss ({loss_type})", title="Loss of each group")
-    alpha_axes.set(xlabel="step", ylabel="alpha", ylim=(0, 1), title="Weight of each group (robust run)")
-    for axes in (loss_axes, alpha_axes):
-        axes.grid(alpha=0.3)
-        axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=130)
+    axes = figure.subplots(2, len(arms) + 1, sharex=True)
+    last = results["runs"][arms[-1]]["last"]["groups"]
+    named = sorted(groups, key=lambda name: -last[name]["loss"] if name in last else math.inf)
+    named = [name for name in groups if len(groups) <= NAMED_GROUPS or name in named[: NAMED_GROUPS - 2]]
+    styles = {name: {"color": COLOURS[i % len(COLOURS)], "label": name} for i, name in enumerate(named)}
+    others = {"color": "0.8", "linewidth": 0.8, "zorder": 1}
+
+    def draw(where: Any, history: list[Record], key: str, group: str, **style: Any) -> None:
+        records = [record for record in history if key in record]
+        if records:
+            where.plot([r["step"] for r in records], [r[key] for r in records], **styles.get(group, others), **style)
+
+    for column, (arm, history) in enumerate(histories.items()):
+        for row, score in enumerate(("loss", "accuracy")):
+            where = axes[row, column]
+            for group in groups:
+                draw(where, _evaluations(history), f"eval_groups/{group}/{score}", group, marker="o", markersize=3)
+            where.axhline((results["loss_at_zero"], 0.5)[row], color="0.5", linestyle=":", linewidth=1)
+            where.set(title=f"{arm}: {score} of each group")
+            where.sharey(axes[row, 0])
+    draw_worst, alpha = axes[1, -1], axes[0, -1]
+    for group in groups:
+        draw(alpha, histories[arms[-1]], f"groups/{group}/alpha", group)
+    for i, (arm, history) in enumerate(histories.items()):
+        records = _evaluations(history)
+        values = [record["eval_groups/worst_loss"] for record in records]
+        steps = [record["step"] for record in records]
+        draw_worst.plot(steps, values, marker="o", markersize=3, color=COLOURS[-1 - i], label=arm)
+    draw_worst.axhline(results["loss_at_zero"], color="0.5", linestyle=":", linewidth=1)
+    draw_worst.set(title="Loss of the worst group")
+    draw_worst.legend(fontsize="small")
+    alpha.set(title=f"{arms[-1]}: weight alpha of each group", ylim=(0, 1))
+    axes[0, 0].legend(fontsize="small")
+    for where in axes[1]:
+        where.set(xlabel="step")
+    for where in axes.flat:
+        where.grid(alpha=0.3)
+        where.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(
+        f"{results['model']} on {results['data']}, loss {results['loss_type']}: held-out pairs "
+        f"(dotted: {results['loss_at_zero']:.3g}, where nothing is learned)",
+        fontsize="medium",
+    )
+    figure.savefig(path, dpi=110, format="png")
+
+
+def samples_of(trainer: Any, options: TrainOptions) -> list[tuple[str, str]]:
+    """(prompt, the trained model's answer), greedily, for the first held-out prompts that differ."""
+    import torch
+
+    tokenizer, model = trainer.processing_class, trainer.accelerator.unwrap_model(trainer.model).eval()
+    answers = []
+    for prompt in list(dict.fromkeys(map(tuple, trainer.eval_dataset["prompt_ids"])))[: options.samples]:
+        ids = torch.tensor([prompt], device=model.device)
+        with torch.no_grad():
+            out = model.generate(
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                do_sample=False,
+                max_new_tokens=options.sample_tokens,
+                pad_token_id=tokenizer.pad_token_id,
+            )
+        parts = (prompt, out[0, len(prompt) :].tolist())
+        shown = [tokenizer.decode(part, skip_special_tokens=True).strip() for part in parts]
+        answers.append((shown[0], shown[1]))
+    return answers
+
+
+def _peak_rss_gib() -> float:
+    import resource
+
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2)

@@ -1,0 +1,162 @@
+"""What makes a run safe to stop: alone in its folder, checkpoints whole or not there, nothing changed on resume."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from safetensors import SafetensorError
+from transformers.trainer_utils import rotate_checkpoints, sort_checkpoints
+
+from grpo_kernels.integrations.trl import GroupRobustDPOTrainer
+
+MANIFEST = "files.json"  # names and sizes of a checkpoint's files
+CANNOT_WRITE = (OSError, RuntimeError, SafetensorError)  # a full disk, as Python, torch.save and safetensors say it
+
+
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Hold the folder's lock, which the system lets go of when the process ends, however it ends.
+
+    Raises:
+        ValueError: another run holds it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"out must not be in use, another run is writing to {str(folder)!r}") from None
+        yield
+
+
+@contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """A neighbour of ``path`` to write a file or a folder to; at the end it takes the name, so that no half is seen.
+
+    Raises:
+        OSError: it could not be written; names ``path``.
+    """
+    temporary = path.with_name(f".{path.name}.part")
+    _remove(temporary)
+    try:
+        yield temporary
+        _flush(temporary)
+        _remove(path)
+        temporary.rename(path)
+    except CANNOT_WRITE as error:
+        _remove(temporary)
+        raise OSError(f"{path} could not be written: {error}") from error
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _flush(path: Path) -> None:
+    """To the disk, so that a loss of power leaves no renamed folder with empty files."""
+    for part in [path, *path.rglob("*")]:
+        handle = os.open(part, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+class ResumableTrainer(GroupRobustDPOTrainer):
+    """GroupRobustDPOTrainer whose checkpoints are written beside their place and take it when they are whole."""
+
+    _part: Path | None = None
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return super()._get_output_dir(trial=trial) if self._part is None else str(self._part)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        out, name, saves = Path(self.args.output_dir), f"checkpoint-{self.state.global_step}", self.args.should_save
+        self._part = out / ".part"
+        if saves:
+            _remove(self._part)
+        self.accelerator.wait_for_everyone()
+        try:
+            super()._save_checkpoint(model, trial)
+            best = out / f"checkpoint-{self.state.best_global_step}"
+            if best.name == name or best.exists():  # Trainer looks for it beside the new one
+                self.state.best_model_checkpoint = str(best)
+            self.accelerator.wait_for_everyone()
+            if saves:
+                self._put_in_place(self._part / name, out / name)
+                rotate_checkpoints(str(out), self.args.save_total_limit, self.state.best_model_checkpoint)
+        except CANNOT_WRITE as error:
+            _remove(self._part)
+            good = newest_whole(out)
+            raise OSError(f"{out / name} could not be written: {error}; the last good checkpoint is {good}") from error
+        finally:
+            self._part = None
+        self.accelerator.wait_for_everyone()
+
+    def _put_in_place(self, part: Path, place: Path) -> None:
+        self.state.save_to_json(str(part / "trainer_state.json"))
+        sizes = {str(file.relative_to(part)): file.stat().st_size for file in part.rglob("*") if file.is_file()}
+        (part / MANIFEST).write_text(json.dumps(sizes))
+        _flush(part)
+        _remove(place)  # one that was not whole
+        part.rename(place)
+        _remove(part.parent)
+
+
+def newest_whole(folder: Path) -> str | None:
+    """The newest checkpoint of a trainer's folder; warns of newer ones that are not whole."""
+    for path in reversed(sort_checkpoints(str(folder))):
+        manifest = Path(path, MANIFEST)
+        sizes = json.loads(manifest.read_text()) if manifest.is_file() else {MANIFEST: 0}
+        broken = [name for name, size in sizes.items() if not _has_size(Path(path, name), size)]
+        if not broken:
+            return path
+        warnings.warn(f"{path} is not whole ({', '.join(broken)}): passed over", UserWarning, stacklevel=2)
+    return None
+
+
+def _has_size(path: Path, size: int) -> bool:
+    return path.is_file() and path.stat().st_size == size
+
+
+def digest_of_rows(rows: Dataset) -> str:
+    of_all = hashlib.sha256()
+    for row in rows:
+        of_all.update(json.dumps(row, default=str).encode())
+    return of_all.hexdigest()
+
+
+def digest_of_files(name: str | None) -> str:
+    """Of the contents of a file, or of all files of a folder; "" where there is none (a name on the hub)."""
+    if name is None or not (path := Path(name)).exists():
+        return ""
+    of_all = hashlib.sha256()
+    for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+        if file.is_file():
+            with file.open("rb") as opened:
+                of_all.update(file.name.encode() + hashlib.file_digest(opened, "sha256").digest())
+    return of_all.hexdigest()
+
+
+def check_unchanged(saved: dict[str, Any], now: dict[str, Any]) -> None:
+    """
+    Raises:
+        ValueError: data, model, groups, ... are not those of the run to resume; names which and how.
+    """
+    for name, value in now.items():
+        if saved.get(name) != value:
+            shown = "changed since" if name.endswith("_sha256") else f"was {saved.get(name)}, is {value}"
+            raise ValueError(f"{name.removesuffix('_sha256')} must be that of the run to resume: {shown}")

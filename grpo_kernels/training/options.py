@@ -1,0 +1,137 @@
+"""The options of `python -m grpo_kernels train`: ours, those of the trainer's config, and TRL's of the model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+import yaml
+from trl import ModelConfig, TrlParser
+
+from grpo_kernels import validation
+from grpo_kernels.functional import preference_losses
+from grpo_kernels.integrations.trl import GroupRobustDPOConfig
+
+
+def _option(default: Any, help_text: str, **more: Any) -> Any:
+    return field(default=default, metadata={"help": help_text, **more})
+
+
+@dataclass
+class TrainOptions:
+    """What `train` adds to the trainer's options."""
+
+    _argument_group_name: ClassVar[str] = "what to train on and what to show"
+
+    data: str | None = _option(
+        None,
+        "JSONL, JSON, CSV or Parquet file (.gz too) in one of TRL's preference formats with a group column, a "
+        "directory, 'polis-housing-mini', or a name on the Hugging Face hub; default: an embedded task",
+    )
+    eval_data: str | None = _option(None, "the same, to evaluate on; default: a part of the data, from each group")
+    eval_fraction: float = _option(0.2, "that part")
+    split_by: str | None = _option(None, "column whose equal values stay on one side (prompt, voter)")
+    on_bad_row: str = _option("error", "a tie or an empty answer: stop, or leave it out", choices=["error", "skip"])
+    compare: bool = _option(False, "three arms from one start: plain, IS (uniform weights, importance sampled), robust")
+    samples: int = _option(0, "answers of each arm to show, to that many held-out prompts")
+    sample_tokens: int = _option(48, "tokens of such an answer at most")
+    early_stopping_patience: int | None = _option(None, "stop after so many evaluations without a better worst group")
+    sft_steps: int = _option(150, "without --model: steps of warm-up on the chosen answers")
+    sft_learning_rate: float = _option(1e-3, "of the warm-up")
+    resume: bool = _option(False, "go on with the run in --out, with its own options")
+
+    def __post_init__(self) -> None:
+        validation.check_number("eval_fraction", self.eval_fraction, 0.0, 1.0, open_low=True, open_high=True)
+        validation.check_number("sft_learning_rate", self.sft_learning_rate, 0.0, open_low=True)
+        for name, least in (("samples", 0), ("sample_tokens", 1), ("sft_steps", 0), ("early_stopping_patience", 1)):
+            if getattr(self, name) is not None:
+                validation.check_number(name, getattr(self, name), least)
+        if self.eval_data is not None and self.data is None:
+            raise ValueError("eval_data needs data: the embedded task brings its own evaluation pairs")
+
+
+@dataclass
+class TrainerOptions(GroupRobustDPOConfig):
+    """The trainer's config, and --out for its folder."""
+
+    _argument_group_name: ClassVar[str] = "the trainer (group_* and backend are last)"
+
+    output_dir: str | None = _option(None, "folder for checkpoints and results", aliases=["--out"])
+
+
+@dataclass
+class ModelOptions(ModelConfig):
+    """TRL's options of the model, and --model for its name."""
+
+    _argument_group_name: ClassVar[str] = "the model"
+
+    model_name_or_path: str | None = _option(
+        None, "directory, or name on the hub; default: a small Llama with random weights", aliases=["--model"]
+    )
+
+
+DEFAULTS = {  # where this command has a reason to differ from TRL
+    "group_step_size": None,  # 0.05 / (loss at margin 0)
+    "precompute_ref_log_probs": True,  # once for all arms, and no second model in memory
+    "logging_steps": 1,  # alpha of each step is in the picture
+    "eval_strategy": "steps",
+    "eval_steps": 0.1,
+    "eval_on_start": True,
+    "save_steps": 0.1,
+    "save_total_limit": 2,
+    "load_best_model_at_end": True,
+    "metric_for_best_model": "groups/worst_loss",
+    "greater_is_better": False,
+    "disable_tqdm": False,
+    "log_level": "error",
+}
+ON_CPU = {"use_cpu": True, "bf16": False, "dataloader_pin_memory": False}
+SMALL_MODEL = {
+    "per_device_train_batch_size": 32,
+    "per_device_eval_batch_size": 64,
+    "max_steps": 200,
+    "learning_rate": 1e-3,
+    "warmup_steps": 20,
+    "max_length": 256,
+    "gradient_checkpointing": False,
+}
+
+
+def parse(arguments: Sequence[str]) -> tuple[TrainOptions, TrainerOptions, ModelOptions]:
+    """
+    Raises:
+        ValueError, TypeError: an option is unknown, or its value breaks a rule; the message names it.
+        SystemExit: --help, or a value of another type (argparse).
+    """
+    kinds = (TrainOptions, TrainerOptions, ModelOptions)
+    parser = TrlParser(kinds, prog="grpo_kernels train", allow_abbrev=False)
+    defaults = {"output_dir": f"runs/{datetime.now():%Y%m%d-%H%M%S}", **DEFAULTS}
+    if not torch.accelerator.is_available():
+        defaults |= ON_CPU
+    parser.set_defaults_with_config(**defaults)
+    names = {word.split("=")[0] for word in arguments}
+    config_file = word_after("--config", arguments)
+    if config_file:
+        names |= {f"--{name}" for name in yaml.safe_load(Path(config_file).read_text()) or ()}
+    if not names & {"--model", "--model_name_or_path"}:
+        parser.set_defaults_with_config(**SMALL_MODEL)
+    options, config, model = parser.parse_args_and_config(list(arguments))
+    if config.group_step_size is None:
+        config.group_step_size = 0.05 / loss_at_zero(config)  # in its units DPO and IPO move alpha alike
+    return options, config, model
+
+
+def word_after(flag: str, arguments: Sequence[str]) -> str | None:
+    return next((after for word, after in pairwise(arguments) if word == flag), None)
+
+
+def loss_at_zero(config: GroupRobustDPOConfig) -> float:
+    """The pair loss of a policy that is its reference: log 2 for "sigmoid", 1 / (4 beta^2) for "ipo"."""
+    return preference_losses(
+        torch.zeros(2), beta=config.beta, loss_type=config.loss_type[0], label_smoothing=config.label_smoothing
+    ).item()

@@ -1,0 +1,227 @@
+"""Pairs from files through `datasets`: formats, rules on a row, the split; and the command's options."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+os.environ |= {"HF_HUB_OFFLINE": "1"}
+pytest.importorskip("trl", reason="trl is not installed: pip install 'grpo-kernels[train]'")
+
+import datasets
+
+from grpo_kernels.__main__ import main
+from grpo_kernels.integrations import datasets as pairs
+from grpo_kernels.integrations import transformers as hf
+from grpo_kernels.training import embedded_task
+from grpo_kernels.training.options import loss_at_zero, parse
+
+GOOD = {"prompt": "p", "chosen": "yes", "rejected": "no", "group": "a"}
+ROWS = [{**GOOD, "prompt": f"ja 是 {i // 2}", "chosen": f"yes {i}", "group": "ab"[i % 5 == 0]} for i in range(20)]
+
+
+@pytest.fixture(autouse=True)
+def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    datasets.disable_progress_bars()
+
+
+def written(path: Path, rows: list[dict[str, Any]]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def read(source: str, **how: Any) -> list[dict[str, Any]]:
+    return sorted((row for part in pairs.load_pairs(source, None, pairs.Reading(**how)) for row in part), key=str)
+
+
+def save_as(kind: str, folder: Path) -> str:
+    rows, path = datasets.Dataset.from_list(ROWS), folder / f"pairs.{kind}"
+    if kind == "folder":
+        rows.save_to_disk(path)
+    elif kind == "splits":
+        path.mkdir()
+        written(path / "train.jsonl", ROWS[:15])
+        written(path / "test.jsonl", ROWS[15:])
+    elif kind == "json":
+        path.write_text(json.dumps(ROWS))
+    elif kind == "parquet":
+        rows.to_parquet(path)
+    elif kind in ("csv", "tsv"):
+        rows.to_csv(path, index=False, sep="," if kind == "csv" else "\t")
+    elif kind == "jsonl.gz":
+        path.write_bytes(gzip.compress(Path(written(folder / "plain.jsonl", ROWS)).read_bytes()))
+    return str(path)
+
+
+@pytest.mark.filterwarnings("ignore:prompts of")
+@pytest.mark.parametrize("kind", ["folder", "splits", "json", "parquet", "csv", "tsv", "jsonl.gz"])
+def test_kinds_of_files_are_read_alike(kind: str, tmp_path: Path) -> None:
+    source = save_as(kind, tmp_path)
+    assert read(source) == sorted(ROWS, key=str)
+    if kind == "splits":
+        assert len(pairs.load_pairs(source, None, pairs.Reading())[1]) == 5
+
+
+def test_the_packaged_pairs() -> None:
+    train, evaluation = pairs.load_pairs(pairs.POLIS, None, pairs.Reading())
+    assert Counter(train["group"]) == {"majority": 360, "minority": 60}
+    assert Counter(evaluation["group"]) == {"majority": 72, "minority": 48}
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({**GOOD, "group": None}, "row 2: 'group' must be a name or a number, got None"),
+        ({**GOOD, "group": "  "}, "row 2: 'group' must be a name or a number, got '  '"),
+        ({**GOOD, "chosen": " "}, "1 of 3 rows are bad, the first is row 2: chosen is empty; --on-bad-row skip"),
+        ({**GOOD, "rejected": None}, "the first is row 2: rejected must be a text or messages, got None"),
+        ({**GOOD, "rejected": "yes"}, "the first is row 2: chosen and rejected are equal: a tie"),
+    ],
+)
+def test_a_bad_row_is_named(tmp_path: Path, row: dict[str, Any], reason: str) -> None:
+    source = written(tmp_path / "pairs.jsonl", [GOOD, row, GOOD])
+    with pytest.raises(ValueError, match=r"data .*pairs\.jsonl: ") as caught:
+        pairs.load_pairs(source, source, pairs.Reading())
+    assert reason in str(caught.value)
+
+
+def test_bad_rows_can_be_left_out(tmp_path: Path) -> None:
+    source = written(tmp_path / "pairs.jsonl", [*ROWS, {**GOOD, "chosen": "no"}])
+    with pytest.warns(UserWarning, match="1 of 21 rows are bad, the first is row 21: .* a tie; left out"):
+        assert read(source, skip_bad_rows=True) == sorted(ROWS, key=str)
+
+
+def test_files_that_cannot_be_read(tmp_path: Path) -> None:
+    def message(source: Any) -> str:
+        with pytest.raises(ValueError) as caught:
+            pairs.load_pairs(str(source), None, pairs.Reading())
+        assert str(source) in str(caught.value)
+        return str(caught.value)
+
+    lines = json.dumps(GOOD) + "\n"
+    for name, text, reason in (
+        ("a.jsonl", lines + "{oops\n", "line 2: Expecting property name"),
+        ("b.jsonl", lines + "[1, 2]\n", "line 2: must be a JSON object"),
+        ("c.jsonl", '{"prompt": "p"}\n', "must have a column 'chosen', it has ['prompt']"),
+        ("d.jsonl", "", "holds no preference pairs"),
+        ("e.txt", lines, "must end with one of .jsonl, .json, .csv, .tsv, .parquet (and .gz), got 'e.txt'"),
+    ):
+        (tmp_path / name).write_text(text)
+        assert reason in message(tmp_path / name), name
+    (tmp_path / "latin.jsonl").write_bytes(lines.encode() + b'{"prompt": "caf\xe9"}\n')
+    assert "line 2: 'utf-8' codec" in message(tmp_path / "latin.jsonl")
+    (tmp_path / "cut.jsonl.gz").write_bytes(gzip.compress(lines.encode() * 50)[:-12])
+    message(tmp_path / "cut.jsonl.gz")
+    assert "there is no such file" in message(tmp_path / "none.jsonl")
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    assert "must be a file that can be read twice, it is a pipe" in message(tmp_path / "pipe.jsonl")
+
+
+def test_the_split_takes_of_each_group_and_keeps_values_together() -> None:
+    rows = datasets.Dataset.from_list(ROWS)
+    with pytest.warns(UserWarning, match="prompts of . of 4 evaluation pairs are in the training pairs, too"):
+        train, evaluation = pairs.split(rows, pairs.Reading())
+    assert Counter(evaluation["group"]) == {"a": 3, "b": 1}
+    assert sorted([*train, *evaluation], key=str) == sorted(ROWS, key=str)
+    train, evaluation = pairs.split(rows, pairs.Reading(split_by="prompt"))
+    assert not set(train["prompt"]) & set(evaluation["prompt"])
+    assert set(evaluation["group"]) == {"a", "b"}
+    assert pairs.split(rows, pairs.Reading(split_by="prompt"))[1]["chosen"] == evaluation["chosen"], "the same again"
+    with pytest.raises(ValueError, match="groups that cannot be split by row: c; give --eval-data"):
+        pairs.split(datasets.Dataset.from_list([*ROWS, {**GOOD, "group": "c"}]), pairs.Reading())
+    with pytest.raises(ValueError, match="split_by must be a column, got 'voter'"):
+        pairs.split(rows, pairs.Reading(split_by="voter"))
+
+
+def test_text_that_the_tokenizer_takes_for_its_marks() -> None:
+    tokenizer = hf.byte_level_tokenizer([], 300)
+
+    def check(**row: str) -> None:
+        pairs.check_tokens(datasets.Dataset.from_list([{**GOOD, **row}]), tokenizer, "file")
+
+    check(chosen="an end</s>")
+    check(prompt="old</s> turns")
+    with pytest.raises(ValueError, match="data file: row 1: chosen has the tokenizer's '</s>' inside"):
+        check(chosen="<s>old</s> new")
+    with pytest.raises(ValueError, match="row 1: rejected has the tokenizer's '<pad>' inside"):
+        check(rejected="a <pad>")
+    with pytest.warns(UserWarning, match="1 prompts are empty: nothing predicts the first token"):
+        check(prompt="")
+    tokenizer.bos_token = "</s>"
+    tokenizer.add_bos_token = True
+    if tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id:
+        with pytest.raises(ValueError, match="row 1: the tokenizer adds '</s>' itself"):
+            check(prompt="</s>p")
+
+
+def test_the_embedded_task() -> None:
+    rows = embedded_task.generate_pairs(1000, seed=0)
+    assert Counter(row["group"] for row in rows) == {"casual": 700, "business": 220, "editors": 80}
+    assert rows == embedded_task.generate_pairs(1000, seed=0) != embedded_task.generate_pairs(1000, seed=1)
+    friendly = [row for row in rows if row["chosen"].startswith(" Oh") and not row["rejected"].startswith(" Oh")]
+    assert {row["group"] for row in friendly} == {"casual"}, "the others choose formal over friendly"
+
+
+# -- options -----------------------------------------------------------------------------------------------------------
+
+
+def test_defaults_with_and_without_a_model() -> None:
+    _, small, _ = parse([])
+    options, large, model = parse(["--model", "m", "--out", "o", "--beta", "0.5"])
+    assert (small.learning_rate, small.per_device_train_batch_size) == (1e-3, 32)
+    assert (large.learning_rate, large.per_device_train_batch_size) == (1e-6, 8), "TRL's"
+    assert (large.output_dir, large.beta, model.model_name_or_path, options.compare) == ("o", 0.5, "m", False)
+    assert large.metric_for_best_model == "groups/worst_loss"
+    assert (large.save_total_limit, large.greater_is_better) == (2, False)
+
+
+def test_the_step_size_is_in_units_of_the_loss() -> None:
+    for words, at_zero in (([], 0.693147), (["--loss_type", "ipo", "--beta", "0.1"], 25.0)):
+        _, config, _ = parse(words)
+        assert loss_at_zero(config) == pytest.approx(at_zero)
+        assert config.group_step_size == pytest.approx(0.05 / at_zero)
+    assert parse(["--group_step_size", "0.7"])[1].group_step_size == 0.7
+
+
+def test_a_file_of_options(tmp_path: Path) -> None:
+    file = tmp_path / "options.yaml"
+    file.write_text("model_name_or_path: m\ncompare: true\ngroup_options: {floor: 0.05}\n")
+    options, config, model = parse(["--config", str(file), "--group_options", '{"chi": 0.5}'])
+    assert (options.compare, model.model_name_or_path, config.learning_rate) == (True, "m", 1e-6)
+    assert config.group_options == {"chi": 0.5}, "the command line counts"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--eval_fraction", "2"], "eval_fraction must be finite"),
+        (["--samples", "-1"], "samples must be finite"),
+        (["--eval_data", "x.jsonl"], "eval_data needs data"),
+        (["--no_such_option", "1"], "not used by the HfArgumentParser: ['--no_such_option', '1']"),
+        (["--group_options", "floor"], "group_options must be a dict, or one as JSON, got 'floor'"),
+        (["--data", "none.jsonl"], "data none.jsonl: there is no such file"),
+        (["--config", "none.yaml"], "none.yaml"),
+    ],
+)
+def test_bad_options_are_named(
+    words: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["train", "--out", str(tmp_path / "out"), *words]) == 2
+    assert message in capsys.readouterr().err.splitlines()[-1]
+    assert not (tmp_path / "out" / "run.json").exists()
+
+
+def test_help_shows_our_options_first(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["train", "--help"])
+    assert stopped.value.code == 0
+    shown = capsys.readouterr().out
+    places = [shown.index(text) for text in ("what to train on and what to show:", "the trainer (", "the model:")]
+    assert places == sorted(places)
