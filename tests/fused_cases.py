@@ -2,12 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import pytest
 import torch
 from conftest import batch
 
 import grpo_kernels as gk
 
 IDS, SIZES = torch.tensor([1, 0, 2, 1]), [60, 35, 5]
+LOSSES = [
+    {"loss_type": "sigmoid", "label_smoothing": 0.1},
+    {"loss_type": "ipo", "average_log_prob": True},
+    {"loss_type": "hinge", "beta": 0.02},
+    {"loss_type": "robust", "label_smoothing": 0.2, "shift_labels": True},
+]
+GROUPS = [{"adjustment": 2.0}, {"floor": 0.2}, {"chi": 0.4}, {"update": "lagged"}, {"step_size": 0.0}]
+# Losses and the moves of alpha meet in the group losses alone: every one of each, not every pair of them.
+METHODS = [
+    pytest.param(loss, {"estimator": estimator, **groups}, id="-".join([loss["loss_type"], estimator, *groups]))
+    for estimator in ("importance", "group_mean")
+    for loss, groups in [*((loss, {}) for loss in LOSSES), *((LOSSES[0], groups) for groups in GROUPS)]
+]
 
 
 def loss_of(backend: str, loss_options: dict, device: str = "cpu", **group_options) -> gk.GroupRobustLoss:
@@ -67,3 +83,27 @@ def two_calls(**options) -> list[tuple[tuple, dict]]:
         ref = torch.randn(8, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
         calls.append(((logits, labels, IDS, ref), options))
     return calls
+
+
+def calls_with_vectors(names: tuple[str, ...] = ("beta", "margin", "weights")) -> list[tuple[tuple, dict]]:
+    """A number for each pair."""
+    vectors = {
+        "beta": torch.tensor([0.1, 0.2, 0.05, 1.0], dtype=torch.float64),
+        "margin": torch.tensor([0.0, 1.0, -2.0, 0.5]),
+        "weights": torch.tensor([1.0, 0.0, 2.0, 0.5], dtype=torch.float64),
+    }
+    return two_calls(**{name: vectors[name] for name in names})
+
+
+def packed_calls() -> list[tuple[tuple, dict]]:
+    """Of sequences that are empty, short and long, over several tiles of the vocabulary."""
+    logits, labels = batch(num_pairs=4, length=4, vocab=400)
+    ends = torch.tensor([0, 0, 6, 7, 18, 18, 23, 32, 32])
+    return 2 * [((logits.detach().flatten(0, 1), labels.flatten(), IDS, torch.zeros(8), ends), {})]
+
+
+def assert_any_number_of_groups(assert_same: Callable, num_groups: int, estimator: str) -> None:
+    sizes = torch.arange(1, num_groups + 1).tolist()
+    ids = torch.tensor([0, num_groups - 1, num_groups // 2, num_groups // 2])
+    calls = [((x, y, ids, ref), {}) for (x, y, _, ref), _ in two_calls()]
+    assert_same({}, {"group_sizes": sizes, "estimator": estimator, "floor": 0.1}, calls)

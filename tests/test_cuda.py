@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 import truth
 from conftest import SIMULATED, batch
-from fused_cases import IDS, loss_of, two_calls
+from fused_cases import IDS, METHODS, assert_any_number_of_groups, calls_with_vectors, loss_of, packed_calls, two_calls
 
 from grpo_kernels.kernels import cuda, dispatch
 
@@ -132,34 +132,14 @@ assert_same_method = functools.partial(fused_cases.assert_same_method, SIMULATED
 
 
 @pytest.mark.usefixtures("simulated")
-@pytest.mark.parametrize(
-    "loss_options",
-    [
-        {"loss_type": "sigmoid", "label_smoothing": 0.1},
-        {"loss_type": "ipo", "average_log_prob": True},
-        {"loss_type": "hinge", "beta": 0.02},
-        {"loss_type": "robust", "label_smoothing": 0.2, "shift_labels": True},
-    ],
-    ids=lambda options: options["loss_type"],
-)
-@pytest.mark.parametrize("estimator", ["importance", "group_mean"])
-@pytest.mark.parametrize(
-    "group_options",
-    [{}, {"adjustment": 2.0}, {"floor": 0.2}, {"chi": 0.4}, {"update": "lagged"}],
-    ids=lambda options: next(iter(options), "plain"),
-)
-def test_fused_is_the_method(loss_options: dict, estimator: str, group_options: dict) -> None:
-    assert_same_method(loss_options, {"estimator": estimator, **group_options}, two_calls())
+@pytest.mark.parametrize(("loss_options", "group_options"), METHODS)
+def test_fused_is_the_method(loss_options: dict, group_options: dict) -> None:
+    assert_same_method(loss_options, group_options, two_calls())
 
 
 @pytest.mark.usefixtures("simulated")
 def test_fused_with_vectors_for_each_pair() -> None:
-    vectors = {
-        "beta": torch.tensor([0.1, 0.2, 0.05, 1.0], dtype=torch.float64),
-        "margin": torch.tensor([0.0, 1.0, -2.0, 0.5]),
-        "weights": torch.tensor([1.0, 0.0, 2.0, 0.5], dtype=torch.float64),
-    }
-    assert_same_method({}, {}, two_calls(**vectors))
+    assert_same_method({}, {}, calls_with_vectors())
 
 
 @pytest.mark.usefixtures("simulated")
@@ -167,20 +147,14 @@ def test_fused_with_vectors_for_each_pair() -> None:
 @pytest.mark.parametrize("average", [False, True])
 def test_fused_packed_with_empty_sequences(splits: int, average: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda, "row_splits", lambda *_: splits)
-    logits, labels = batch(num_pairs=4, length=4, vocab=400)
-    ends = torch.tensor([0, 0, 6, 7, 18, 18, 23, 32, 32])
-    call = ((logits.detach().flatten(0, 1), labels.flatten(), IDS, torch.zeros(8), ends), {})
-    assert_same_method({"average_log_prob": average}, {}, [call, call])
+    assert_same_method({"average_log_prob": average}, {}, packed_calls())
 
 
 @pytest.mark.usefixtures("simulated")
 @pytest.mark.parametrize("num_groups", [1, 64, 65, 5000])
 @pytest.mark.parametrize("estimator", ["importance", "group_mean"])
 def test_fused_with_any_number_of_groups(num_groups: int, estimator: str) -> None:
-    sizes = torch.arange(1, num_groups + 1).tolist()
-    ids = torch.tensor([0, num_groups - 1, num_groups // 2, num_groups // 2])
-    calls = [((x, y, ids, ref), {}) for (x, y, _, ref), _ in two_calls()]
-    assert_same_method({}, {"group_sizes": sizes, "estimator": estimator, "floor": 0.1}, calls)
+    assert_any_number_of_groups(assert_same_method, num_groups, estimator)
 
 
 @pytest.mark.usefixtures("simulated")

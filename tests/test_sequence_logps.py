@@ -97,6 +97,7 @@ def test_shift_labels(backend: str) -> None:
     torch.testing.assert_close(packed, exact)
 
 
+@pytest.mark.interpreted(inplace=True)
 @pytest.mark.parametrize(
     "layout", ["sliced_positions", "sliced_vocabulary", "transposed", "strided_sequences", "expanded_labels"]
 )
@@ -289,7 +290,7 @@ def test_thousands_of_tokens_cost_no_digits(backend: str) -> None:
     """Token log-probabilities are float32, their sum is not taken in float32."""
     if backend == "reference":
         pytest.skip("plain PyTorch adds up in float32")
-    length = 600 if backend == "triton" else 3000  # in the interpreter a second for each hundred
+    length = 200 if backend == "triton" else 3000  # in the interpreter a second for each hundred
     logits, labels = torch.randn(1, length, 3), torch.randint(0, 3, (1, length))
     tokens = gk.token_logps(logits, labels, backend=backend)
     total = gk.sequence_logps(logits, labels, backend=backend)
@@ -336,7 +337,8 @@ def test_second_derivatives_are_refused(upstream: Callable) -> None:
 
 
 def test_two_runs_are_bitwise_equal(backend: str) -> None:
-    logits, labels = batch(num_pairs=4, length=33, vocab=257, dtype=torch.float32)
+    length = 9 if backend == "triton" else 33
+    logits, labels = batch(num_pairs=4, length=length, vocab=257, dtype=torch.float32)
     runs = []
     for _ in range(2):
         logps = gk.sequence_logps(logits, labels, backend=backend)
