@@ -42,7 +42,7 @@ def vocabulary_sharded_logits() -> None:
         expected = gk.sequence_logps(whole, labels, backend="torch")
         (expected_grad,) = torch.autograd.grad(expected, whole, upstream)
         for backend in backends():
-            for inplace in (False, True):
+            for inplace in (False, True) if offset == 0 else (False,):
                 local = whole.detach()[..., columns].clone().requires_grad_()
                 options = {"vocab_shard": shard, "backend": backend, "inplace_backward": inplace}
                 got = gk.sequence_logps(local, labels, **options)
@@ -152,7 +152,7 @@ def context_parallel() -> None:
     """Contiguous and head-tail layouts, alone and inside the loss with data-parallel size 1."""
     rank, world = rank_and_world()
     group = alone()
-    length = 4 * world
+    length = 2 * world
     batch = pairs(3, length=length)
     logits, labels, ids, ref = part(batch, slice(None))
     chunks = torch.arange(length).chunk(2 * world)
@@ -166,19 +166,18 @@ def context_parallel() -> None:
         expected = expected_loss(whole, labels, ids, ref)
         (expected_grad,) = torch.autograd.grad(expected.loss, whole, retain_graph=True)
         for mine in layouts.values():
-            for backend in backends():
-                for reduction in ("mean", "sum"):
-                    local = logits.detach()[:, mine].clone().requires_grad_()
-                    loss_fn = gk.GroupRobustLoss(
-                        weights(group, gradient_reduction=reduction),
-                        average_log_prob=average,
-                        context_group=dist.group.WORLD,
-                        backend=backend,
-                    )
-                    out = loss_fn(local, labels[:, mine], ids, ref)
-                    (grad,) = torch.autograd.grad(out.loss, local)
-                    torch.testing.assert_close(out.loss, expected.loss, **EXACT)
-                    torch.testing.assert_close(out.alpha, expected.alpha, **EXACT)
-                    # An engine that averages over the context ranks, too, divides by their number.
-                    scale = world if reduction == "mean" else 1
-                    torch.testing.assert_close(grad / scale, expected_grad[:, mine], **EXACT)
+            for backend, reduction in [*((name, "mean") for name in backends()), ("torch", "sum")]:
+                local = logits.detach()[:, mine].clone().requires_grad_()
+                loss_fn = gk.GroupRobustLoss(
+                    weights(group, gradient_reduction=reduction),
+                    average_log_prob=average,
+                    context_group=dist.group.WORLD,
+                    backend=backend,
+                )
+                out = loss_fn(local, labels[:, mine], ids, ref)
+                (grad,) = torch.autograd.grad(out.loss, local)
+                torch.testing.assert_close(out.loss, expected.loss, **EXACT)
+                torch.testing.assert_close(out.alpha, expected.alpha, **EXACT)
+                # An engine that averages over the context ranks, too, divides by their number.
+                scale = world if reduction == "mean" else 1
+                torch.testing.assert_close(grad / scale, expected_grad[:, mine], **EXACT)

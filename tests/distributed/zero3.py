@@ -7,7 +7,7 @@ import copy
 import deepspeed
 import torch
 import torch.distributed as dist
-from cases import Model, alone, pairs, part, rank_and_world, shares, tokens_of, train_alone, weights
+from cases import THREE_STEPS, Model, alone, pairs, part, rank_and_world, shares, tokens_of, train_alone, weights
 
 import grpo_kernels as gk
 
@@ -37,11 +37,10 @@ def main() -> None:
         _, labels, ids, ref = part(pairs(6, seed=step), shares(6, world)[rank])
         engine.backward(ours(engine(tokens_of(labels)), labels, ids, ref).loss)
         engine.step()
-    close = {"rtol": 2e-6, "atol": 2e-6}
-    torch.testing.assert_close(ours.group_weights.log_alpha, whole.group_weights.log_alpha, **close)
+    torch.testing.assert_close(ours.group_weights.log_alpha, whole.group_weights.log_alpha, **THREE_STEPS)
     for got, want in zip(engine.module.parameters(), expected.parameters(), strict=True):
         with deepspeed.zero.GatheredParameters(got):
-            torch.testing.assert_close(got.data, want.data, **close)
+            torch.testing.assert_close(got.data, want.data, **THREE_STEPS)
     print(f"rank {rank} agrees")
     dist.destroy_process_group()
 
