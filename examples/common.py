@@ -1,7 +1,12 @@
 """What the examples share: a tiny model, and pairs whose groups disagree about which token is better."""
 
+from collections.abc import Callable
+
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+
+import grpo_kernels as gk
 
 VOCAB, LENGTH, PAIRS = 32, 6, 12
 
@@ -34,3 +39,15 @@ def pairs_of_rank(step: int, rank: int, num_ranks: int) -> tuple[Tensor, Tensor,
     mine = slice(PAIRS * rank // num_ranks, PAIRS * (rank + 1) // num_ranks)
     ref_logps = torch.full((2 * (mine.stop - mine.start),), -14.0)
     return tokens[:, mine].flatten(0, 1), labels[:, mine].flatten(0, 1), group_ids[mine], ref_logps
+
+
+def show(step: int, out: gk.GroupRobustOutput) -> None:
+    """A line every five steps, on one rank."""
+    if step % 5 == 4 and (not dist.is_initialized() or dist.get_rank() == 0):
+        print(f"step {step + 1}: loss {out.loss.item():.6f}, alpha {[round(a, 6) for a in out.alpha.tolist()]}")
+
+
+def run_on_ranks(train: Callable[[], None]) -> None:
+    dist.init_process_group("gloo")
+    train()
+    dist.destroy_process_group()  # when train's model is gone: it holds the group, too

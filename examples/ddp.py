@@ -7,7 +7,7 @@ Each rank draws its own part of every batch; alpha is the same on all of them. O
 
 import torch
 import torch.distributed as dist
-from common import TinyModel, pairs_of_rank
+from common import TinyModel, pairs_of_rank, run_on_ranks, show
 from torch.nn.parallel import DistributedDataParallel
 
 import grpo_kernels as gk
@@ -25,15 +25,8 @@ def train() -> None:
         out.loss.backward()  # out.loss is the whole batch's on every rank
         optimizer.step()
         optimizer.zero_grad()
-        if dist.get_rank() == 0 and step % 5 == 4:
-            print(f"step {step + 1}: loss {out.loss.item():.6f}, alpha {[round(a, 6) for a in out.alpha.tolist()]}")
-
-
-def main() -> None:
-    dist.init_process_group("gloo")
-    train()
-    dist.destroy_process_group()  # when the model is gone: it holds the group, too
+        show(step, out)
 
 
 if __name__ == "__main__":
-    main()
+    run_on_ranks(train)

@@ -7,7 +7,7 @@ The loss is called inside the root module's forward, where FSDP2 has gathered th
 
 import torch
 import torch.distributed as dist
-from common import TinyModel, pairs_of_rank
+from common import TinyModel, pairs_of_rank, run_on_ranks, show
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -37,15 +37,8 @@ def train() -> None:
         out.loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        if dist.get_rank() == 0 and step % 5 == 4:
-            print(f"step {step + 1}: loss {out.loss.item():.6f}, alpha {[round(a, 6) for a in out.alpha.tolist()]}")
-
-
-def main() -> None:
-    dist.init_process_group("gloo")
-    train()
-    dist.destroy_process_group()  # when the model is gone: it holds the group, too
+        show(step, out)
 
 
 if __name__ == "__main__":
-    main()
+    run_on_ranks(train)

@@ -3,7 +3,7 @@
 import copy
 
 import torch
-from common import TinyModel, pairs_of_rank
+from common import TinyModel, pairs_of_rank, show
 
 import grpo_kernels as gk
 
@@ -23,8 +23,7 @@ def main() -> None:
         out.loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        if step % 5 == 4:
-            print(f"step {step + 1}: loss {out.loss.item():.6f}, alpha {[round(a, 6) for a in out.alpha.tolist()]}")
+        show(step, out)
 
 
 if __name__ == "__main__":
