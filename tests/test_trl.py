@@ -369,7 +369,7 @@ def test_encoder_decoder_and_softcap(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"got T5ForConditionalGeneration, an encoder-decoder"):
         trainer(tmp_path, model=t5)
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "num_key_value_heads": 2}
-    gemma = Gemma2ForCausalLM(Gemma2Config(**small, **sizes, head_dim=8, pad_token_id=0))
+    gemma = Gemma2ForCausalLM(Gemma2Config(**small, **sizes, head_dim=8, pad_token_id=0)).double()
     of = trainer(tmp_path / "linear", model=copy.deepcopy(gemma), max_steps=2)
     assert of._head == hf.Head(softcap=30.0)
     of.train()
