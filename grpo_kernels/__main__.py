@@ -27,6 +27,7 @@ def parser() -> argparse.ArgumentParser:
     doctor = commands.add_parser("doctor", help="show versions, devices and which backends are usable")
     doctor.add_argument("--kernels", action="store_true", help="compile the Triton kernels and report on the outcome")
     doctor.add_argument("--linear", metavar="SxTxDxV", help="the linear path's plans for such a batch and head")
+    doctor.add_argument("--device", help="for --linear: cpu, a100, h100, h200 or b200; default: the one that is here")
     doctor.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"), help="for --linear")
     doctor.add_argument("--losses", action="store_true", help="the table of pair losses")
     doctor.add_argument("--json", action="store_true", help="for programs")

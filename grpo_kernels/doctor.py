@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from grpo_kernels._version import __version__
-from grpo_kernels.kernels import dispatch, linear_plan
-from grpo_kernels.kernels.linear_plan import MAX_EXTRA_BYTES
+from grpo_kernels.kernels import devices, dispatch, linear_plan
+from grpo_kernels.kernels.devices import Device
 from grpo_kernels.pair_losses import PAIR_LOSSES
 
 PACKAGES = ("torch", "triton", "numpy", "transformers", "tokenizers", "trl", "matplotlib", "rich")
@@ -64,6 +64,7 @@ def command(
     linear: str | None = None,
     dtype: str = "bfloat16",
     losses: bool = False,
+    device: str | None = None,
 ) -> int:
     if losses:
         print(loss_table())
@@ -71,7 +72,7 @@ def command(
     if kernels:
         return _kernels(as_json)
     if linear:
-        return _linear(linear, dtype, as_json)
+        return _linear(linear, dtype, device, as_json)
     found = facts()
     if as_json:
         print(json.dumps(found, indent=2))
@@ -105,11 +106,11 @@ def loss_table() -> str:
     return "\n".join(lines)
 
 
-def linear_plans(sizes: str, dtype: str, on_gpu: bool) -> list[linear_plan.LinearPlan]:
-    """What LinearGroupRobustLoss can do with padded hidden states and a head of these sizes, the best first.
+def linear_plans(sizes: str, dtype: str, device: Device) -> list[linear_plan.LinearPlan]:
+    """What LinearGroupRobustLoss can do with padded hidden states and a head of these sizes, the fastest first.
 
     Args:
-        sizes: "SxTxDxV": sequences, positions, hidden size, vocabulary.
+        sizes: "SxTxDxV": sequences, positions, hidden size, vocabulary; every position counts.
 
     Raises:
         ValueError: sizes are not four positive whole numbers.
@@ -124,26 +125,37 @@ def linear_plans(sizes: str, dtype: str, on_gpu: bool) -> list[linear_plan.Linea
         vocab_size,
         getattr(torch, dtype).itemsize,
         (True, True, False),
+        device,
         longest_pair=2 * length,
         accumulators=2,
-        on_gpu=on_gpu,
     )
-    plans = linear_plan.possible_plans(shape, MAX_EXTRA_BYTES)
-    return sorted(plans, key=lambda plan: (plan.products, plan.extra_bytes))
+    plans = linear_plan.best_plans(shape, linear_plan.Budget().bytes_on(device))
+    chosen = linear_plan.plan_of(shape, linear_plan.Budget().bytes_on(device))
+    return [chosen, *sorted((plan for plan in plans if plan != chosen), key=lambda plan: plan.seconds)]
 
 
-def _linear(sizes: str, dtype: str, as_json: bool) -> int:
-    plans = linear_plans(sizes, dtype, torch.cuda.is_available())
+def three_products(sizes: str, dtype: str, device: Device) -> float:
+    """Seconds of logits, dhidden and dweight at the device's rate, and nothing else."""
+    sequences, length, hidden_size, vocab_size = map(int, sizes.split("x"))
+    return 6 * sequences * length * hidden_size * vocab_size / device.flops[getattr(torch, dtype).itemsize]
+
+
+def _linear(sizes: str, dtype: str, device_name: str | None, as_json: bool) -> int:
+    here = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = devices.of(here) if device_name is None else devices.named(device_name)
+    plans = linear_plans(sizes, dtype, device)
+    least = three_products(sizes, dtype, device)
     if as_json:
-        print(json.dumps([dataclasses.asdict(plan) for plan in plans], indent=2, default=str))
+        rows = [{**dataclasses.asdict(plan), "of_three_products": plan.seconds / least} for plan in plans]
+        print(json.dumps(rows, indent=2, default=str))
         return 0
-    device = "a GPU" if torch.cuda.is_available() else "a CPU"
-    print(f"plans of LinearGroupRobustLoss for {sizes}, {dtype}, on {device}, within {MAX_EXTRA_BYTES >> 20} MiB;")
-    print("the first is what plan='auto' takes:")
+    memory = linear_plan.Budget().bytes_on(device) >> 20
+    print(f"plans of LinearGroupRobustLoss for {sizes}, {dtype}, on {device.name}, within {memory} MiB;")
+    print(f"predicted, not measured ({device.source}); the first is what plan='auto' takes:")
     for plan in plans:
         print(
-            f"  {plan.name:10} {plan.products:.3g} products, {plan.extra_bytes / 2**20:.0f} MiB beside the gradients, "
-            f"chunks of {plan.chunk_rows} tokens"
+            f"  {plan.name:10} {1e3 * plan.seconds:9.1f} ms, {plan.seconds / least:.2f} x three products, "
+            f"{plan.extra_bytes / 2**20:.0f} MiB beside the gradients, chunks of {plan.chunk_rows} tokens"
         )
     return 0
 

@@ -119,8 +119,9 @@ def linear_sequence_logps(
         bias: (V,) or None.
         logit_scale: finite number other than 0 (Cohere, Granite; one over a temperature). 1.
         softcap: positive number or None (Gemma 2's ``final_logit_softcapping``).
-        max_extra_bytes: memory for logits of a chunk, and for what is kept from forward to backward to save a matrix
-            product; gradients come on top. 512 MiB. See `grpo_kernels.kernels.linear_plan`.
+        max_extra_bytes: memory for logits of a chunk, sums, and what is kept from forward to backward to save a matrix
+            product; gradients come on top. "auto" (the default) is 1/16 of a GPU's memory, 1/32 of the machine's on a
+            CPU; no more is taken than helps. See `grpo_kernels.kernels.linear_plan`.
         plan: "auto" (the default), or "keep" or "recompute" to force it.
         accumulate_dtype: of the sums over chunks that make the weight's gradient; torch.float32 (the default) or
             torch.bfloat16.

@@ -27,7 +27,7 @@ from grpo_kernels.groups.weights import GroupWeights
 from grpo_kernels.kernels import group_robust as tables
 from grpo_kernels.kernels import ops
 from grpo_kernels.kernels.autograd import FusedGroupRobustLoss
-from grpo_kernels.kernels.linear_plan import MAX_EXTRA_BYTES, Budget
+from grpo_kernels.kernels.linear_plan import Budget
 from grpo_kernels.loss_spec import LossSpec
 from grpo_kernels.segments import segment_sum
 from grpo_kernels.types import (
@@ -343,7 +343,7 @@ class LinearGroupRobustLoss(_GroupRobustLossBase):
         *,
         logit_scale: float = 1.0,
         softcap: float | None = None,
-        max_extra_bytes: int = MAX_EXTRA_BYTES,
+        max_extra_bytes: int | str = "auto",
         plan: str = "auto",
         accumulate_dtype: torch.dtype = torch.float32,
         **options: Unpack[LossOptions],
@@ -357,7 +357,7 @@ class LinearGroupRobustLoss(_GroupRobustLossBase):
     def extra_repr(self) -> str:
         return (
             f"{super().extra_repr()}, logit_scale={self.logit_scale}, softcap={self.softcap}, "
-            f"plan={self.budget.plan!r}, max_extra_bytes={self.budget.max_extra_bytes}, "
+            f"plan={self.budget.plan!r}, max_extra_bytes={self.budget.max_extra_bytes!r}, "
             f"accumulate_dtype={self.budget.accumulate_dtype}"
         )
 

@@ -60,7 +60,7 @@ class LinearTokenOptions(TokenOptions, total=False):
 
     logit_scale: float
     softcap: float | None
-    max_extra_bytes: int
+    max_extra_bytes: int | str
     plan: str
     accumulate_dtype: torch.dtype
 

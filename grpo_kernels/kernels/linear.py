@@ -13,6 +13,7 @@ Finding the counted tokens reads the labels back: on a GPU it synchronises.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -157,6 +158,10 @@ def gradient_sums(hidden: Tensor, weight: Tensor, plan: LinearPlan) -> tuple[Ten
     return dweight, dbias
 
 
+# Of a product that is added to wider sums on a CPU: as much as a thread's cache holds, and what a product does at once.
+WIDENED_ELEMENTS, PRODUCT_ELEMENTS = 1 << 17, 1 << 22
+
+
 def add_products(dweight: Tensor | None, dbias: Tensor | None, unit: Tensor, chunk_hidden: Tensor, d: Tensor) -> None:
     """dweight += G^T (d hidden) and dbias += G^T d of a chunk; d (n, 1)."""
     if dbias is not None:
@@ -166,10 +171,38 @@ def add_products(dweight: Tensor | None, dbias: Tensor | None, unit: Tensor, chu
     scaled_hidden = (chunk_hidden * d).to(chunk_hidden.dtype)
     if dweight.dtype == scaled_hidden.dtype:
         dweight.addmm_(unit.t(), scaled_hidden)
-    elif dweight.is_cuda:  # the library adds up in float32 anyway: do not round what it found
+    elif not dweight.is_cuda:
+        _add_widened(dweight, unit.t(), scaled_hidden)
+    elif _adds_in_product(unit.dtype, dweight.dtype):
+        torch.addmm(dweight, unit.t(), scaled_hidden, out_dtype=dweight.dtype, out=dweight)
+    else:  # the library adds up in float32 anyway: do not round what it found
         dweight += torch.mm(unit.t(), scaled_hidden, out_dtype=dweight.dtype)
-    else:
-        dweight += unit.t() @ scaled_hidden
+
+
+def _add_widened(sums: Tensor, left: Tensor, right: Tensor) -> None:
+    """sums += left @ right, of a narrower dtype, with no temporary of their size: some rows of the sums at a time."""
+    rows = max(1, PRODUCT_ELEMENTS // sums.shape[1])
+    product = right.new_empty(min(rows, sums.shape[0]), sums.shape[1])
+    few = max(1, WIDENED_ELEMENTS // sums.shape[1])
+    wide = sums.new_empty(min(few, product.shape[0]), sums.shape[1])
+    for begin in range(0, sums.shape[0], rows):
+        part = sums[begin : begin + rows]
+        found = torch.mm(left[begin : begin + rows], right, out=product[: part.shape[0]])
+        # copy_ widens several times as fast as an addition of two dtypes.
+        for some, of_product in zip(part.split(few), found.split(few), strict=True):
+            some.add_(wide[: some.shape[0]].copy_(of_product))
+
+
+@functools.cache
+def _adds_in_product(dtype: torch.dtype, sum_dtype: torch.dtype) -> bool:
+    """Whether this PyTorch's product adds to sums of another dtype; some versions ask for one dtype of all."""
+    ones = torch.ones(16, 16, dtype=dtype, device="cuda")
+    sums = torch.zeros(16, 16, dtype=sum_dtype, device="cuda")
+    try:
+        torch.addmm(sums, ones, ones, out_dtype=sum_dtype, out=sums)
+    except RuntimeError:
+        return False
+    return True
 
 
 def _chunks(
