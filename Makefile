@@ -72,9 +72,11 @@ plots: $(READY)
 	cp $(RESULTS)/cpu/linear_8x512x512x32000_float32_ignored50_reference.png docs/images/bench_linear.png
 	cp $(RESULTS)/growth/*_growth_*.png $(RESULTS)/growth/*_roofline.png docs/images
 
-# On a machine with an NVIDIA GPU, with the interpreter that has its torch and triton: installs nothing but WHEELS.
+# On a machine with an NVIDIA GPU, with the interpreter that has its torch and triton: installs nothing but WHEELS, and
+# those in a folder of its own. PART is A, the kernels, or B, tests and peers: four and a half minutes each.
 gpu-check:
-	$(PYTHON) benchmarks/gpu_check.py $(if $(OUT),--out $(OUT)) $(if $(STAGES),--stages $(STAGES))
+	$(PYTHON) benchmarks/gpu_check.py --part $(PART) $(if $(OUT),--out $(OUT)) $(if $(STAGES),--stages $(STAGES)) \
+	  $(if $(COMMIT),--commit $(COMMIT))
 
 # Editing csrc builds the extension again.
 $(VENV)/.ready: pyproject.toml constraints.txt setup.py $(wildcard csrc/* csrc/*/*)

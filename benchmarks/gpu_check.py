@@ -1,264 +1,362 @@
-"""One command that turns a GPU into evidence: build, tests, sanitizer, benchmark, tuning, each with a time limit.
+"""A GPU that is at hand for a quarter of an hour, turned into evidence: two parts of four and a half minutes each.
 
-    make gpu-check [OUT=FOLDER] [STAGES=facts,tests,...]    (python benchmarks/gpu_check.py --out ... --stages ...)
+    make gpu-check PART=A [OUT=FOLDER] [WHEELS=FOLDER] [COMMIT=NAME]    (python benchmarks/gpu_check.py --part A ...)
 
-Each stage is a process of its own, so that one that fails or hangs costs the others nothing; together they take at most
-9 minutes. Every stage leaves <out>/<stage>.json with its command, outcome, seconds, the end of its output and what it
-found; the table at the end is also in <out>/summary.md. Wheels that pip shall install first, without a network, may lie
-in the folder that the variable WHEELS names.
+A proves and measures the kernels, B runs the tests of every backend and the peers. A stage is a process of its own that
+may run until its second of the part, so that one that fails or hangs costs the others nothing. Building csrc and
+installing wheels go on beside them.
+
+Three files a part: <out>/gpu_check_A.json, written anew after every line that a stage prints, so that a kill loses
+nothing; gpu_check_A.md, its summary; gpu_check_A.tar.gz, all that the stages said. What they do is gpu_stages.py.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
+import csv
 import json
 import os
 import re
-import shutil
+import signal
 import subprocess
 import sys
+import tarfile
 import tempfile
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cache
+from collections import Counter
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-TAIL = 6000  # characters of a stage's output that its record keeps
+GRACE = 4  # seconds between asking a stage to end, when pytest still says what failed, and killing it
+TAIL = 4000  # characters of a stage's output that its record keeps; the archive has LOG_BYTES of it
+LOG_BYTES = 2**21
+NO_GPU = 3  # exit status of the stage "facts"
 
-SANITIZED = """
-import torch, grpo_kernels as gk
-for backend in ("triton", "cuda"):
-    if gk.backends().get(backend, ["absent"]):
-        continue
-    for dtype in (torch.bfloat16, torch.float32):
-        for vocab, length in ((1003, 5), (4096, 3), (1, 2), (20001, 2)):
-            for splits in ((2, 1), (1, 7)):
-                logits = torch.randn(4, length, vocab, device="cuda").to(dtype).requires_grad_()
-                labels = torch.randint(0, vocab, (4, length), device="cuda")
-                labels[0, 0], labels[1, 0] = -100, vocab - 1
-                weights = gk.GroupWeights(group_sizes=[3, 2], step_size=0.1)
-                loss_fn = gk.GroupRobustLoss(weights, backend=backend, reference_free=True).cuda()
-                ids = torch.tensor([0, 1], device="cuda")
-                loss_fn(logits, labels, ids).loss.backward()
-                ends = torch.arange(0, 4 * length + 1, length, device="cuda")
-                flat = logits.detach().flatten(0, 1).requires_grad_()
-                loss_fn(flat, labels.flatten(), ids, None, ends).loss.backward()
-                labels[2, 0] = vocab + 7  # outside the vocabulary: NaN, and nothing read out of bounds
-                loss_fn(logits, labels, ids).loss.backward()
-    print(backend, "done")
-torch.cuda.synchronize()
-"""
+
+# -- what is read from a line of output: each takes the line and the stage's record ------------------------------------
+
+
+def json_line(line: str, record: dict[str, Any]) -> None:
+    if line.startswith("{"):
+        record["lines"].append(json.loads(line))
+
+
+OUTCOME = r"(?P<outcome>PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS)"
+TEST_LINES = (
+    re.compile(rf"\[gw\d+\] \[ *\d+%\] {OUTCOME} (?P<name>.*)"),  # with pytest-xdist
+    re.compile(rf"(?P<name>\S+::.*?) {OUTCOME}( \(.*\))? +\[ *\d+%\]"),
+)
+
+
+def test_line(line: str, record: dict[str, Any]) -> None:
+    """Of ``pytest -v``."""
+    for pattern in TEST_LINES:
+        found = pattern.fullmatch(line)
+        if found:
+            record.setdefault("counts", Counter())[found["outcome"].lower()] += 1
+            if found["outcome"] in ("FAILED", "ERROR"):
+                record["lines"].append({"failed": found["name"]})
+
+
+def sanitizer_line(line: str, record: dict[str, Any]) -> None:
+    json_line(line, record)
+    if re.search(r"SUMMARY|Invalid|Error:|hazard", line) and len(record["lines"]) < 40:
+        record["lines"].append({"said": line.strip("= ")})
+
+
+SHOWN = re.compile(
+    r"Kernel Name|gpu__time_duration|registers_per_thread|occupancy_(limit|per)|waves_per|shared_mem_per_block|"
+    r"(dram|l1tex|lts|sm|gpu)__\w*throughput\w*\.avg\.pct|dram__bytes_(read|write)\.sum|warps_active|"
+    r"issue_active|inst_executed\.sum$|sectors_per_request|stall\w*per_warp_active|average_warps?_issue_stalled"
+)
+
+
+def profiler_line(line: str, record: dict[str, Any]) -> None:
+    """Of ``ncu --csv --page raw``: names, units, then a line for each kernel."""
+    json_line(line, record)
+    if not line.startswith('"'):
+        return
+    cells = next(csv.reader([line]))
+    if cells[0] == "ID":
+        record["columns"] = cells
+    elif cells[0] and "columns" in record:
+        found = dict(zip(record["columns"], cells, strict=False))
+        record["lines"].append({name: value for name, value in found.items() if SHOWN.search(name)})
+
+
+# -- stages ------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Stage:
-    """``commands`` run one after another within ``limit`` seconds; ``found`` makes the record of their output.
-
-    They are made from the folder for records.
-    """
+    """``command`` may run until the part's second ``until``; it begins when the stages in ``after`` have ended."""
 
     name: str
-    limit: int
-    commands: Callable[[Path], list[list[str]]]
-    found: Callable[[str], Any] = lambda output: None
-    needs: Callable[[], str | None] = lambda: None
+    until: int
+    command: tuple[str, ...]
+    read: Callable[[str, dict[str, Any]], None] = json_line
+    after: tuple[str, ...] = ()
+    beside: bool = False
+    environment: dict[str, str] = field(default_factory=dict)
 
 
-def _python(*arguments: str) -> list[str]:
-    return [sys.executable, *arguments]
+def _do(stage: str, *options: str) -> tuple[str, ...]:
+    """A function of gpu_stages.py."""
+    return (sys.executable, str(ROOT / "benchmarks" / "gpu_stages.py"), stage, *options)
 
 
-@cache
-def _needs_gpu() -> str | None:
-    probe = "import torch, sys; sys.exit(not torch.cuda.is_available())"
-    ran = subprocess.run(_python("-c", probe), capture_output=True, text=True, check=False, cwd=ROOT)
-    return None if ran.returncode == 0 else "there is no CUDA device"
+def _tests(*chosen: str, processes: int) -> tuple[str, ...]:
+    """A file whose imports fail costs only itself; without pytest-xdist there is one process."""
+    options = ("-v", "--tb=short", "-p", "no:cacheprovider", "--continue-on-collection-errors")
+    return _do("tests", "--processes", str(processes), "--", *options, *chosen)
 
 
-def _needs_sanitizer() -> str | None:
-    return _needs_gpu() or (None if shutil.which("compute-sanitizer") else "compute-sanitizer is not on the PATH")
-
-
-def _test_commands(out: Path) -> list[list[str]]:
-    """What runs on the GPU; not the block simulator, nor the tests of this script."""
-    parallel = ["-n", "12", "--dist", "worksteal"] if importlib.util.find_spec("xdist") else []
-    without = ["--ignore=tests/test_cuda.py", "--ignore=tests/test_gpu_check.py"]
-    chosen = "(triton or cuda or gpu) and not simulated"
-    return [_python("-m", "pytest", "-q", "tests", "-k", chosen, *without, "-p", "no:cacheprovider", *parallel)]
-
-
-def _sanitizer_commands(out: Path) -> list[list[str]]:
-    tools = ("memcheck", "racecheck", "synccheck")
-    script = Path(tempfile.gettempdir()) / "grpo_kernels_sanitized.py"
-    script.write_text(SANITIZED)
-    return [
-        ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", sys.executable, str(script)] for tool in tools
-    ]
-
-
-def _json_in(output: str) -> Any:
-    """The JSON document that a command printed, whatever else stands around it."""
-    begin, end = output.find("{"), output.rfind("}")
-    listing = output.find("[\n")
-    if listing != -1 and (begin == -1 or listing < begin):
-        begin, end = listing, output.rfind("]")
-    try:
-        return json.loads(output[begin : end + 1])
-    except json.JSONDecodeError:
-        return None
-
-
-def _test_counts(output: str) -> dict[str, int]:
-    lines = [line for line in output.splitlines() if " in " in line and re.search(r"\d+ (passed|failed)", line)]
-    return {word: int(number) for number, word in re.findall(r"(\d+) (\w+)", lines[-1])} if lines else {}
-
-
-def _sanitizer_summary(output: str) -> list[str]:
-    return [line.strip("= ") for line in output.splitlines() if "SUMMARY" in line]
-
-
-def _needs_nvcc() -> str | None:
-    return None if shutil.which(os.environ.get("NVCC") or "nvcc") else "nvcc is not on the PATH"
-
-
-def _csrc_commands(out: Path) -> list[list[str]]:
-    """Build the extension with the CUDA kernels in place, then say which registers they take; a spill is a failure."""
-    script = "import os, runpy, sys; os.environ['GRPO_KERNELS_BUILD'] = 'cuda'; sys.argv[1:] = %r; %s"
-    build = script % (["-q", "build_ext", "--inplace"], "runpy.run_path('setup.py', run_name='__main__')")
-    return [_python("-c", build), _python("benchmarks/cuda_registers.py", "90a")]
-
-
-# In this order while there is time; names of grpo_kernels/bench/cases.py.
-BENCH = ["logits/llama-3-8b/short", "logits/llama-3-8b/large", "logits/llama-3-8b/large50", "logits/qwen2.5-7b/large"]
-BENCH_LINEAR = ["linear/llama-3-8b/large", "linear/llama-3-8b/large50", "linear/qwen2.5-0.5b/large"]
-
-
-def _bench(out: Path, seconds: int, cases: list[str]) -> list[str]:
-    options = ["--device", "cuda", "--seconds", str(seconds), "--out", str(out / "bench"), "--cases", *cases]
-    return _python("-m", "grpo_kernels", "bench", *options)
-
-
-STAGES = (
-    Stage("csrc", 90, _csrc_commands, lambda output: re.findall(r"sm_\w+ .* registers", output), _needs_nvcc),
-    Stage("facts", 20, lambda out: [_python("-m", "grpo_kernels", "doctor", "--json")], _json_in),
-    Stage("kernels", 60, lambda out: [_python("-m", "grpo_kernels", "doctor", "--kernels", "--json")], _json_in),
-    Stage("tests", 140, _test_commands, _test_counts, _needs_gpu),
-    Stage("sanitize", 50, _sanitizer_commands, _sanitizer_summary, _needs_sanitizer),
-    Stage("bench", 90, lambda out: [_bench(out, 40, BENCH)], needs=_needs_gpu),
-    Stage("bench_linear", 60, lambda out: [_bench(out, 25, BENCH_LINEAR)], needs=_needs_gpu),
-    Stage(
-        "tune",
-        30,
-        lambda out: [_python("benchmarks/tune_tiles.py", "--json", "--seconds", "20")],
-        _json_in,
-        _needs_gpu,
-    ),
+NCU_SECTIONS = (
+    *("SpeedOfLight", "LaunchStats", "Occupancy"),
+    *("WarpStateStats", "MemoryWorkloadAnalysis", "InstructionStats"),
 )
+NCU = (
+    *("ncu", "--csv", "--page", "raw", "--print-units", "base", "--clock-control", "none"),
+    *("--profile-from-start", "off", "--kernel-name", "regex:group_robust|logps"),
+    *(part for section in NCU_SECTIONS for part in ("--section", section)),
+)
+# PyTorch asks the driver what fails by design; what a kernel does is what counts.
+MEMCHECK = ("compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "9", "--report-api-errors", "no")
+# Neither the block simulator, nor the tests of this script, nor what runs on the CPU.
+ON_THE_GPU = ("tests", "-k", "(triton or cuda or gpu) and not simulated", "--ignore=tests/test_cuda.py")
+
+PARTS: dict[str, tuple[Stage, ...]] = {
+    "A": (
+        Stage("csrc", 66, _do("csrc"), beside=True),
+        Stage("facts", 20, _do("facts")),
+        Stage("triton", 66, _do("kernels", "--contenders", "triton*")),
+        Stage("cuda", 106, _do("kernels", "--contenders", "cuda*"), after=("csrc",)),
+        Stage("smoke", 146, _tests("tests/test_gpu.py", "-k", "not inductor", processes=6), test_line),
+        Stage("ncu", 186, (*NCU, *_do("profile")), profiler_line),
+        Stage("tune", 246, _do("tune")),
+        Stage("finish", 266, _do("finish")),
+    ),
+    "B": (
+        Stage("csrc", 60, _do("csrc"), beside=True),
+        Stage("wheels", 60, _do("wheels"), beside=True),
+        Stage(
+            "tests", 116, _tests(*ON_THE_GPU, "--ignore=tests/test_gpu_check.py", processes=12), test_line, ("csrc",)
+        ),
+        Stage("peers", 206, _do("peers"), after=("wheels",)),
+        Stage("linear", 266, _do("linear")),
+        Stage(
+            "memcheck",
+            296,
+            (*MEMCHECK, *_do("sanitize")),
+            sanitizer_line,
+            environment={"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},  # else memory beyond a tensor belongs to the allocator
+        ),
+    ),
+}
 
 
-def run_stage(stage: Stage, out: Path) -> dict[str, Any]:
-    """The stage's record; never raises for what a command does."""
-    reason = stage.needs()
-    if reason is not None:
-        return {"stage": stage.name, "outcome": "skipped", "reason": reason, "seconds": 0.0}
-    began, output, outcome, commands = time.monotonic(), "", "passed", stage.commands(out)
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-    environment.pop("TRITON_INTERPRET", None)
-    for command in commands:
-        left = stage.limit - (time.monotonic() - began)
-        text, outcome = _run(command, max(1.0, left), environment)
-        output += text
-        if outcome != "passed":
-            break
-    return {
-        "stage": stage.name,
-        "outcome": outcome,
-        "seconds": round(time.monotonic() - began, 1),
-        "commands": [" ".join(Path(part).name if i == 0 else part for i, part in enumerate(c)) for c in commands],
-        "found": stage.found(output),
-        "output_end": output[-TAIL:],
-    }
+# -- running them ------------------------------------------------------------------------------------------------------
 
 
-def _run(command: list[str], limit: float, environment: dict[str, str]) -> tuple[str, str]:
-    """(output, outcome) of one command; it and its children are killed when the time is over."""
-    with tempfile.TemporaryFile("w+", errors="replace") as file:
-        process = subprocess.Popen(
-            command, stdout=file, stderr=subprocess.STDOUT, cwd=ROOT, env=environment, start_new_session=True
-        )
+class Report:
+    """The record of a part, and its three files."""
+
+    def __init__(self, part: str, out: Path) -> None:
+        self.out, self.name, self.work = out, f"gpu_check_{part}", Path(tempfile.mkdtemp(prefix="gpu_check_"))
+        self.stages: list[dict[str, Any]] = []
+        self.head = {"part": part, "date": time.strftime("%Y-%m-%d %H:%M:%S")}
+        self.began = time.monotonic()
+
+    def seconds(self) -> float:
+        return round(time.monotonic() - self.began, 1)
+
+    def write(self) -> None:
+        self._replace("json", json.dumps({**self.head, "seconds": self.seconds(), "stages": self.stages}, indent=1))
+        self._replace("md", summary(self.stages))
+
+    def write_archive(self) -> None:
+        with tarfile.open(self.work / "archive.part", "w:gz") as archive:
+            for log in sorted(self.work.glob("*.log")):
+                whole = log.read_bytes()
+                kept = self.work / f"{log.stem}.txt"
+                kept.write_bytes(whole[-LOG_BYTES:])
+                archive.add(kept, f"{self.name}/{kept.name}")
+        self._replace("tar.gz", (self.work / "archive.part").read_bytes())
+
+    def _replace(self, suffix: str, content: str | bytes) -> None:
+        """A reader, or a kill, meets the old file or the new one."""
+        target = self.out / f"{self.name}.{suffix}"
+        half = target.with_name(f".{target.name}")
+        half.write_bytes(content if isinstance(content, bytes) else f"{content}\n".encode())
+        os.replace(half, target)
+
+
+class Job:
+    """A stage that runs. Its process group is its own, its session is not: whoever ends this script ends it, too."""
+
+    def __init__(self, stage: Stage, report: Report) -> None:
+        self.stage, self.report, self.asked, self.began = stage, report, False, report.seconds()
+        self.record: dict[str, Any] = {"stage": stage.name, "outcome": "running", "lines": []}
+        report.stages.append(self.record)
+        self.path, self.read_bytes, self.unread = report.work / f"{stage.name}.log", 0, ""
+        paths = [str(ROOT), str(report.work / "site"), *filter(None, [os.environ.get("PYTHONPATH")])]
+        environment = {
+            **{name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"},
+            **{"PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1"},
+            **{"GPU_CHECK_SECONDS": str(max(1, round(stage.until - self.began))), "GPU_CHECK_WORK": str(report.work)},
+            **stage.environment,
+        }
+        self.process: subprocess.Popen | None = None
+        print(f"{self.began:6.1f} s  {stage.name}: until {stage.until} s ...", flush=True)
         try:
-            code = process.wait(timeout=limit)
+            with self.path.open("wb") as log:
+                self.process = subprocess.Popen(
+                    stage.command, stdout=log, stderr=subprocess.STDOUT, cwd=ROOT, env=environment, process_group=0
+                )
+        except OSError as error:
+            self._end(f"failed: {error}")
+        report.write()
+
+    def has_ended(self) -> bool:
+        """Reads what there is to read, and ends what is over its time."""
+        if self.process is None:
+            return True
+        code, late = self.process.poll(), self.report.seconds() - self.stage.until
+        self._read(to_the_end=code is not None)
+        if code is not None:
             outcome = "passed" if code == 0 else f"failed (exit {code})"
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, 9)
-            process.wait()
-            outcome = "out of time"
-        file.seek(0)
-        return file.read(), outcome
+            self._end("out of time" if self.asked else outcome)
+        elif late > GRACE:
+            self._end("out of time, killed")
+        elif late > 0 and not self.asked:
+            self.asked = True
+            self.process.send_signal(signal.SIGINT)
+        return self.process is None
+
+    def _read(self, to_the_end: bool) -> None:
+        with self.path.open("rb") as log:
+            log.seek(self.read_bytes)
+            new = log.read()
+        self.read_bytes += len(new)
+        text = new.decode(errors="replace")
+        *lines, self.unread = (self.unread + text).split("\n")
+        if to_the_end and self.unread:
+            lines.append(self.unread)
+        for line in lines:
+            try:
+                self.stage.read(line.strip(), self.record)
+            except ValueError as error:  # a line that is not what it looks like
+                self.record["lines"].append({"unreadable": f"{line[:200]}: {error}"})
+        if new:
+            self.record["output_end"] = (self.record.get("output_end", "") + text)[-TAIL:]
+            self.report.write()
+
+    def _end(self, outcome: str) -> None:
+        if self.process is not None:
+            with suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGKILL)  # and what it left behind
+            self.process.wait()
+            self.process = None
+        self.record |= {"outcome": outcome, "seconds": round(self.report.seconds() - self.began, 1)}
+        print(f"{self.report.seconds():6.1f} s  {self.stage.name}: {outcome}", flush=True)
+        self.report.write()
+        self.report.write_archive()
+
+    def stop(self) -> None:
+        if not self.has_ended():
+            self._end("stopped")
 
 
-def install_wheels() -> None:
-    folder = os.environ.get("WHEELS")
-    if folder:
-        options = ["--no-index", "--no-deps", "--quiet", "--find-links", folder]
-        wheels = [str(path) for path in sorted(Path(folder).glob("*.whl"))]
-        subprocess.run(_python("-m", "pip", "install", *options, *wheels), check=False)
+def run(stages: Sequence[Stage], report: Report) -> int:
+    """The exit status: 0 where every stage passed."""
+    jobs: dict[str, Job] = {}
+
+    def wait_for(*names: str) -> None:
+        while {name for name, job in jobs.items() if not job.has_ended()} & set(names):  # reads what all of them say
+            time.sleep(0.1)
+
+    try:
+        jobs |= {stage.name: Job(stage, report) for stage in stages if stage.beside}
+        for stage in stages:
+            if not stage.beside:
+                wait_for(*stage.after)
+                jobs[stage.name] = Job(stage, report)
+                wait_for(stage.name)
+                if jobs[stage.name].record["outcome"] == f"failed (exit {NO_GPU})":
+                    break
+    finally:
+        for job in jobs.values():
+            job.stop()
+    return int(any(job.record["outcome"] != "passed" for job in jobs.values()))
 
 
-def summary(records: list[dict[str, Any]], out: Path) -> str:
+# -- what a person reads -----------------------------------------------------------------------------------------------
+
+
+def summary(stages: list[dict[str, Any]]) -> str:
     lines = ["| stage | outcome | seconds | |", "| --- | --- | --- | --- |"]
-    for record in records:
-        remark = record.get("reason", "")
-        if record["stage"] in ("tests", "sanitize") and record.get("found"):
-            remark = json.dumps(record["found"])
-        lines.append(f"| {record['stage']} | {record['outcome']} | {record['seconds']} | {remark} |")
-    for path in sorted((out / "bench").glob("*.json")):
-        lines += ["", f"{path.stem}", "", "| contender | forward ms | backward ms | of the roof | peak MiB |"]
-        lines += ["| --- | --- | --- | --- | --- |", *map(_bench_line, json.loads(path.read_text())["records"])]
-    return "\n".join(lines) + "\n"
+    for stage in stages:
+        counts = ", ".join(f"{number} {word}" for word, number in stage.get("counts", {}).items())
+        lines.append(f"| {stage['stage']} | {stage['outcome']} | {stage.get('seconds', '')} | {counts} |")
+    for stage in stages:
+        lines += ["", f"## {stage['stage']}"] if stage["lines"] else []
+        for found in stage["lines"]:
+            lines += _case(found) if "records" in found else ["", f"    {json.dumps(found)[:1500]}"]
+    return "\n".join(lines)
 
 
-def _bench_line(record: dict[str, Any]) -> str:
-    if "median_ms" not in record:
-        return f"| {record['contender']} | {record.get('failed_because') or record['not_measured_because']} | | | |"
-    cells = [record["contender"], record["forward_ms"], record["backward_ms"], f"{record['fraction_of_roof']:.0%}"]
-    return f"| {' | '.join(map(str, [*cells, record['peak_extra_mib']]))} |"
+COLUMNS = {
+    "contender": "contender",
+    "forward ms": "forward_ms",
+    "GB/s": "forward_gbps",
+    "backward ms": "backward_ms",
+    "of GB/s": "backward_gbps",
+    "both": "median_ms",
+    "of the roof": "fraction_of_roof",
+    "bare products": "times_bare_products",
+    "host ms": "host_ms",
+    "peak MiB": "peak_extra_mib",
+}
 
 
-def device_folder() -> str:
-    """In a process of its own: this one never holds the GPU."""
-    probe = "from grpo_kernels.bench import machine; print(machine.folder_name('cuda'))"
-    ran = subprocess.run(_python("-c", probe), capture_output=True, text=True, check=False, cwd=ROOT)
-    return ran.stdout.strip() or "no-gpu"
+def _case(found: dict[str, Any]) -> list[str]:
+    rates = f"copy {found['copy_gbps']} GB/s, read {found['read_gbps']} GB/s"
+    lines = ["", f"{found['case']}: {rates}", "", f"| {' | '.join(COLUMNS)} |", "| --- " * len(COLUMNS) + "|"]
+    for record in found["records"]:
+        cells = [str(record.get(key, "")) for key in COLUMNS.values()]
+        if "median_ms" not in record:
+            cells[1] = record.get("failed_because") or record["not_measured_because"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", help="folder for the records (default: benchmarks/results/<device>)")
-    parser.add_argument("--stages", default=",".join(stage.name for stage in STAGES), help="default: %(default)s")
+    parser.add_argument("--part", choices=sorted(PARTS), required=True)
+    parser.add_argument(
+        "--out", type=Path, default=ROOT / "benchmarks" / "results" / "gpu", help="default: %(default)s"
+    )
+    parser.add_argument("--stages", help="only these, with commas between them")
+    parser.add_argument("--commit", help="of the tree, where there is no git")
     arguments = parser.parse_args()
-    wanted = [name for name in arguments.stages.split(",") if name]
-    unknown = set(wanted) - {stage.name for stage in STAGES}
-    if unknown:
-        parser.error(f"--stages: {', '.join(sorted(unknown))} not among {', '.join(stage.name for stage in STAGES)}")
-    out = Path(arguments.out).resolve() if arguments.out else ROOT / "benchmarks" / "results" / device_folder()
-    out.mkdir(parents=True, exist_ok=True)
-    install_wheels()
-    records = []
-    for stage in STAGES:
-        if stage.name in wanted:
-            print(f"{stage.name}: at most {stage.limit} s ...", flush=True)
-            record = run_stage(stage, out)
-            records.append(record)
-            (out / f"{stage.name}.json").write_text(json.dumps(record, indent=2) + "\n")
-            print(f"{stage.name}: {record['outcome']} {record.get('reason', '')}", flush=True)
-            (out / "summary.md").write_text(summary(records, out))
-    print("\n" + summary(records, out))
-    return int(any(record["outcome"] not in ("passed", "skipped") for record in records))
+    stages = PARTS[arguments.part]
+    if arguments.stages:
+        wanted, names = arguments.stages.split(","), [stage.name for stage in stages]
+        if not set(wanted) <= set(names):
+            parser.error(f"--stages must be among {', '.join(names)}, got {arguments.stages!r}")
+        stages = tuple(stage for stage in stages if stage.name in wanted)
+    if arguments.commit:
+        os.environ["GRPO_KERNELS_COMMIT"] = arguments.commit
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+    report = Report(arguments.part, arguments.out)
+    status = run(stages, report)
+    print(f"\n{summary(report.stages)}")
+    return status
 
 
 if __name__ == "__main__":

@@ -47,8 +47,9 @@ def only(monkeypatch: pytest.MonkeyPatch, *names: str, extra: tuple[bench_suite.
     monkeypatch.setitem(bench.SUITES, "linear", replace(LINEAR, contenders=(*some, *extra)))
 
 
-def test_records(tmp_path: Path) -> None:
+def test_records(tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
     records = bench.run([SMALL], tmp_path, quick=True)
+    assert capfd.readouterr().err == ""  # nor anything that a library writes
     file = json.loads((tmp_path / f"{SMALL.name}.json").read_text())
     assert file["records"] == records
     assert file["torch"] == torch.__version__
@@ -62,6 +63,8 @@ def test_records(tmp_path: Path) -> None:
         assert record["fraction_of_roof"] == pytest.approx(record["fraction_of_copy"], abs=0.002)
         for part in ("forward", "backward", "host"):
             assert 0 < record[f"{part}_ms"] < 2 * high
+        moved = record["forward_gbps"] * record["forward_ms"], record["backward_gbps"] * record["backward_ms"]
+        assert moved == pytest.approx((4 * 500 * 4 * 30 / 1e6, 4 * 500 * 4 * (2 * 30 + 10) / 1e6), rel=2e-3)
     assert measured["reference"]["operator_calls"] > measured["torch"]["operator_calls"] > 5
     reasons = {record["contender"]: record.get("not_measured_because", "") for record in records}
     assert "leaves out" in reasons["torch.compile"]
@@ -235,9 +238,12 @@ def test_many_groups_pass_the_gate() -> None:
     assert bench_suite.gate(LOGITS, contender(LOGITS, "torch"), case) < 1e-6
 
 
-def test_machine_rates_and_operator_calls() -> None:
-    assert bench_machine.copy_gbps(nbytes=2**20) > 0
-    assert bench_machine.matrix_gflops(torch.float32, size=64) > 0
+def test_machine_rates_and_operator_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(bench_machine.RATE_BYTES, "cpu", 2**20)
+    monkeypatch.setitem(bench_machine.MATRIX_ROWS, "cpu", 64)
+    assert bench_machine.copy_gbps() > 0
+    assert bench_machine.read_gbps() > 0
+    assert bench_machine.matrix_gflops(torch.float32) > 0
     x = torch.ones(2, 2)
     assert bench_machine.operator_calls(lambda: (x @ x).exp()) == 2  # aten::mm is inside matmul
 

@@ -78,14 +78,34 @@ def test_more_positions_than_a_grid_axis(backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize(("num_pairs", "length"), [(1, 3), (2, 20), (16, 257)])
-def test_fifty_runs_are_bitwise_equal(backend: str, num_pairs: int, length: int) -> None:
-    """Few rows are split over programs, many are not; a race or an atomic sum of floats would show sooner or later."""
-    logits, *rest = problem(num_pairs, length, 50_257)
+@pytest.mark.parametrize(
+    ("num_pairs", "length", "vocab"), [(1, 3, 50_257), (2, 20, 50_257), (16, 257, 50_257), (2048, 6, 127)]
+)
+def test_fifty_runs_are_bitwise_equal(backend: str, num_pairs: int, length: int, vocab: int) -> None:
+    """Few rows are split over programs, many are not, short ones end together: a race or an atomic sum of floats
+    would show sooner or later."""
+    logits, *rest = problem(num_pairs, length, vocab)
     first = step(make(backend), logits, *rest)
     for _ in range(50):
         again = step(make(backend), logits, *rest)
         assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("vocab", [50_257, 50_280, 128_256])
+def test_packed_rows(backend: str, vocab: int) -> None:
+    """Sequences of one, two, ... rows one after another are the padded ones without what is ignored."""
+    logits, labels, ids, ref = problem(4, 8, vocab)
+    lengths = torch.arange(1, 9, device="cuda")
+    labels.masked_fill_(torch.arange(8, device="cuda") >= lengths.unsqueeze(1), -100)
+    kept = torch.arange(8, device="cuda") < lengths.unsqueeze(1)
+    ends = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
+    *padded, padded_grad = step(make(backend), logits, labels, ids, ref)
+    *packed, grad = step(make(backend), logits[kept], labels[kept], ids, ref, ends)
+    for got, want in zip(packed, padded, strict=True):
+        torch.testing.assert_close(got, want)
+    torch.testing.assert_close(grad, padded_grad[kept])
+    assert (padded_grad[~kept] == 0).all()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

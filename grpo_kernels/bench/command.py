@@ -8,7 +8,9 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +18,7 @@ import torch
 
 from grpo_kernels.bench import linear, logits
 from grpo_kernels.bench.cases import DEFAULT, QUICK, Case, LinearCase, select, why_not
-from grpo_kernels.bench.machine import available_bytes, copy_gbps, environment, folder_name
+from grpo_kernels.bench.machine import available_bytes, copy_gbps, environment, folder_name, read_gbps
 from grpo_kernels.bench.suite import Suite, peak_of_fresh_process, records_of
 
 if TYPE_CHECKING:
@@ -45,6 +47,37 @@ def repetitions_of(case: Case | LinearCase, device: str, quick: bool) -> int:
     return 5 if quick or isinstance(case, LinearCase) else 9
 
 
+def measured(
+    cases: Sequence[Case | LinearCase],
+    device: str = "cpu",
+    seconds: float = float("inf"),
+    quick: bool = False,
+    contenders: Sequence[str] = ("*",),
+) -> Iterator[tuple[Case | LinearCase, dict[str, Any] | str]]:
+    """Each case with what its file shall hold, or with the reason why it was not measured.
+
+    No case begins after ``seconds``. ``quick`` repeats less and leaves out what compiles or tunes itself, which takes a
+    minute a case. ``contenders``: patterns of their names.
+    """
+    began = time.monotonic()
+    found = {**environment(device), "copy_gbps": round(copy_gbps(device), 2), "read_gbps": round(read_gbps(device), 2)}
+    for case in cases:
+        # A GPU that is out of memory says so, contender by contender; a CPU's process is killed.
+        reason = why_not(case, available_bytes()) if device == "cpu" else None
+        if time.monotonic() - began > seconds:
+            reason = f"{seconds:g} s were over"
+        if reason is not None:
+            yield case, reason
+            continue
+        name = suite_name(case)
+        some = tuple(one for one in SUITES[name].contenders if any(fnmatchcase(one.name, x) for x in contenders))
+        suite, repetitions = replace(SUITES[name], contenders=some), repetitions_of(case, device, quick)
+        yield (
+            case,
+            {**found, "records": records_of(name, suite, case, repetitions, found["copy_gbps"], device, not quick)},
+        )
+
+
 def run(
     cases: Sequence[Case | LinearCase],
     out: Path,
@@ -52,35 +85,24 @@ def run(
     seconds: float = float("inf"),
     quick: bool = False,
 ) -> list[dict[str, Any]]:
-    """Measure, print a table, and write ``<out>/<case>.json`` case by case; no case begins after ``seconds``.
-
-    ``quick`` repeats less and leaves out what compiles or tunes itself, which takes a minute a case.
-    """
+    """Measure, print a table, and write ``<out>/<case>.json`` case by case, as `measured` says."""
     from rich.console import Console
 
-    console, began = Console(width=None if sys.stdout.isatty() else 120), time.monotonic()
-    found = {**environment(device), "copy_gbps": round(copy_gbps(device), 2)}
+    console = Console(width=None if sys.stdout.isatty() else 120)
     out.mkdir(parents=True, exist_ok=True)
     all_records = []
-    for case in cases:
-        # A GPU that is out of memory says so, contender by contender; a CPU's process is killed.
-        reason = why_not(case, available_bytes()) if device == "cpu" else None
-        if time.monotonic() - began > seconds:
-            reason = f"{seconds:g} s were over"
-        if reason is not None:
-            console.print(f"{case.name}: not measured: {reason}", highlight=False)
-            continue
-        name = suite_name(case)
-        repetitions = repetitions_of(case, device, quick)
-        with console.status(f"measuring {case.name}"):
-            records = records_of(name, SUITES[name], case, repetitions, found["copy_gbps"], device, not quick)
-        console.print(_table(case.name, records))
-        for record in records:
-            reason = record.get("not_measured_because") or record.get("failed_because")
-            if reason:
-                console.print(f"{record['contender']}: {reason}", highlight=False)
-        (out / f"{case.name}.json").write_text(json.dumps({**found, "records": records}, indent=2) + "\n")
-        all_records += records
+    with console.status("measuring"):
+        for case, found in measured(cases, device, seconds, quick):
+            if isinstance(found, str):
+                console.print(f"{case.name}: not measured: {found}", highlight=False)
+                continue
+            console.print(_table(case.name, found["records"]))
+            for record in found["records"]:
+                reason = record.get("not_measured_because") or record.get("failed_because")
+                if reason:
+                    console.print(f"{record['contender']}: {reason}", highlight=False)
+            (out / f"{case.name}.json").write_text(json.dumps(found, indent=2) + "\n")
+            all_records += found["records"]
     console.print(f"records are in {out}", highlight=False)
     return all_records
 

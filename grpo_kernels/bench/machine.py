@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import gc
+import os
 import platform
 import re
+import shutil
 import subprocess
 import time
 from collections.abc import Callable
@@ -17,9 +19,17 @@ import torch
 
 from grpo_kernels._version import __version__
 
+RATE_BYTES = {"cpu": 2**28, "cuda": 2**31}  # what a rate of memory is measured on
+MATRIX_ROWS = {"cpu": 1024, "cuda": 8192}
+HEAD_START = 10_000_000  # clocks of a GPU: 5 ms at 2 GHz
+
 
 class Clock:
-    """Milliseconds between marks: on the device's own time line, or the host's."""
+    """Milliseconds between marks: on the device's own time line, or the host's.
+
+    A GPU sleeps before the first mark, so that the host can enqueue what follows before it begins: laps are then the
+    device's own time, and nothing of Python's.
+    """
 
     def __init__(self, device: str) -> None:
         self.on_gpu = device == "cuda"
@@ -27,6 +37,8 @@ class Clock:
 
     def mark(self) -> None:
         if self.on_gpu:
+            if not self.marks:
+                torch.cuda._sleep(HEAD_START)
             event = torch.cuda.Event(enable_timing=True)
             event.record()
             self.marks.append(event)
@@ -52,15 +64,21 @@ def median_ms(operation: Callable[[], object], device: str, repetitions: int = 5
     return median([milliseconds(operation, device) for _ in range(repetitions + 2)][2:])  # the first ones warm up
 
 
-def copy_gbps(device: str = "cpu", nbytes: int = 2**28) -> float:
+def copy_gbps(device: str = "cpu") -> float:
     """Bytes read and written a second by a plain copy that no cache holds."""
-    source, target = (torch.ones(nbytes, dtype=torch.uint8, device=device) for _ in range(2))
-    return 2 * nbytes / median_ms(lambda: target.copy_(source), device) / 1e6
+    source, target = (torch.ones(RATE_BYTES[device], dtype=torch.uint8, device=device) for _ in range(2))
+    return 2 * source.nbytes / median_ms(lambda: target.copy_(source), device) / 1e6
 
 
-def matrix_gflops(dtype: torch.dtype, device: str = "cpu", size: int | None = None) -> float:
-    """The rate of a square matrix product; of 1024 rows on a CPU, of 8192 on a GPU."""
-    size = size or (8192 if device == "cuda" else 1024)
+def read_gbps(device: str = "cpu") -> float:
+    """Bytes read a second by a plain sum: what a forward, which writes next to nothing, can come up to."""
+    source = torch.ones(RATE_BYTES[device] // 4, device=device)
+    return source.nbytes / median_ms(source.sum, device) / 1e6
+
+
+def matrix_gflops(dtype: torch.dtype, device: str = "cpu") -> float:
+    """The rate of a square matrix product."""
+    size = MATRIX_ROWS[device]
     left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     return 2 * size**3 / median_ms(lambda: left @ right, device) / 1e6
 
@@ -100,6 +118,7 @@ def _resident_kib(field: str) -> int:
 
 def operator_calls(operation: Callable[[], object], device: str = "cpu") -> int:
     """Operators that one call runs, those inside another operator not counted; on "cuda" the kernels launched."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else the profiler writes to stderr when it starts and stops
     kinds = torch.profiler.ProfilerActivity
     with torch.profiler.profile(activities=[kinds.CUDA if device == "cuda" else kinds.CPU]) as profile:
         operation()
@@ -135,14 +154,22 @@ def folder_name(device: str) -> str:
     return "cpu" if device == "cpu" else re.sub(r"[^a-z0-9]+", "-", device_name(device).lower())
 
 
+def commit() -> str | None:
+    """Of the tree at hand; GRPO_KERNELS_COMMIT names it where there is no git."""
+    named = os.environ.get("GRPO_KERNELS_COMMIT")
+    if named or shutil.which("git") is None:
+        return named or None
+    command = ["git", "rev-parse", "--short", "HEAD"]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or None
+
+
 def environment(device: str = "cpu") -> dict[str, Any]:
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout
     return {
         "date": date.today().isoformat(),
         "device": device_name(device),
         "torch": torch.__version__,
         "python": platform.python_version(),
         "grpo_kernels": __version__,
-        "commit": commit.strip() or None,
+        "commit": commit(),
         "command": "python -m grpo_kernels bench",
     }

@@ -116,6 +116,10 @@ def _loss_and_gradients(operation: Operation, inputs: Sequence[Any]) -> list[Ten
     return [loss.detach(), *torch.autograd.grad(loss, _leaves(inputs))]
 
 
+def _untimed(operation: Operation, inputs: Sequence[Any]) -> None:
+    torch.autograd.grad(operation(*inputs), _leaves(inputs))
+
+
 def step(operation: Operation, inputs: Sequence[Any], device: str = "cpu") -> tuple[float, float, float]:
     """Milliseconds: forward, backward, and of the host until both are enqueued."""
     leaves, clock = _leaves(inputs), Clock(device)
@@ -216,12 +220,14 @@ def _measured(
     baseline = totals.get(suite.contenders[0].name)
     found: dict[str, dict[str, Any]] = {name: {"failed_because": reason} for name, reason in failed.items()}
     for name, laps in times.items():
-        middle, again = median(totals[name]), partial(step, operations[name], inputs, device)
+        middle, again = median(totals[name]), partial(_untimed, operations[name], inputs)
         found[name] = record = _spread("median", "", totals[name])
         record["repetitions"] = repetitions
         record["times_faster_than_reference"] = round(median(baseline) / middle, 2) if baseline else None
         for part, own in zip(("forward", "backward", "host"), zip(*laps, strict=True), strict=True):
             record |= _spread(part, f"{part}_", own)
+            if part != "host" and isinstance(case, Case):
+                record[f"{part}_gbps"] = float(f"{cost(case)[part].bytes / median(own) / 1e6:.4g}")
         record |= _against(case, ruler, middle, copied_gbps, matrix_rate)
         record["launches" if device == "cuda" else "operator_calls"] = operator_calls(again, device)
         if device == "cuda":
