@@ -30,11 +30,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from gpu_stages import NO_GPU
+
 ROOT = Path(__file__).resolve().parent.parent
 GRACE = 4  # seconds between asking a stage to end, when pytest still says what failed, and killing it
 TAIL = 4000  # characters of a stage's output that its record keeps; the archive has LOG_BYTES of it
 LOG_BYTES = 2**21
-NO_GPU = 3  # exit status of the stage "facts"
 
 
 # -- what is read from a line of output: each takes the line and the stage's record ------------------------------------

@@ -66,11 +66,11 @@ def test_a_stage_that_fails_or_hangs_costs_the_others_nothing(tmp_path: Path, mo
         stage("fails", "print('so far'); raise SystemExit(5)"),
         gpu_check.Stage("absent", 20, ("no-such-program",)),
         stage("after", "import os; print('{\"seconds\": %s}' % os.environ['GPU_CHECK_SECONDS'])", after=("beside",)),
-        stage("hangs", deaf + "import subprocess; subprocess.Popen(['sleep', '60']); time.sleep(60)", until=3),
-        stage("asked", "import time; time.sleep(60)", until=5),
+        stage("hangs", deaf + "import subprocess; subprocess.Popen(['sleep', '60']); time.sleep(60)", until=6),
+        stage("asked", "import time; time.sleep(60)", until=10),
         stage("garbled", "print('{not json'); print('{\"c\": 3}', end='')"),
     )
-    assert time.monotonic() - began < 20
+    assert time.monotonic() - began < 30
     outcomes = {name: one["outcome"] for name, one in records.items()}
     assert outcomes == {
         "beside": "passed",
@@ -200,9 +200,11 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
 
     def measured(cases: Any, device: str, seconds: float, quick: bool, contenders: Any) -> Any:
         assert seconds > 0
-        small = {"num_sequences": 4, "length": 2, "vocab_size": 24, "num_groups": 5}
+        small = {"num_sequences": 2, "length": 2, "vocab_size": 24, "num_groups": 5}
         of_linear = {"hidden_size": 8}
         few = {replace(one, **small, **(of_linear if hasattr(one, "hidden_size") else {})): None for one in cases}
+        if contenders == ("*",):  # importing TRL takes longer than all else, and the interpreter has had its turn
+            contenders = ("reference", "eager", "torch*", "cuda*")
         return real(list(few), device, seconds, True, contenders)
 
     monkeypatch.setattr(command, "measured", measured)
@@ -210,9 +212,9 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     monkeypatch.setattr(bench_suite, "WARM_UP", 0)
     monkeypatch.setitem(bench_machine.RATE_BYTES, "cuda", 2**16)
     monkeypatch.setitem(bench_machine.MATRIX_ROWS, "cuda", 64)
-    monkeypatch.setattr(gpu_stages, "PROFILED", (4, 2, 24, "bfloat16"))
+    monkeypatch.setattr(gpu_stages, "PROFILED", (2, 2, 24, "bfloat16"))
     monkeypatch.setattr(gpu_stages, "SANITIZED", ((24, 2), (1, 1)))
-    monkeypatch.setattr(tune_tiles, "SHAPES", ((4, 1, 300), (4, 1, 301)))
+    monkeypatch.setattr(tune_tiles, "SHAPES", ((2, 1, 300), (2, 1, 301)))
     choices = {"block": {2: (256,), 4: (128,)}, "num_warps": {2: (1,), 4: (1,)}}
     monkeypatch.setattr(tune_tiles, "CHOICES", choices)
     monkeypatch.setattr(tune_tiles, "REPETITIONS", 1)
@@ -242,8 +244,8 @@ def lines_of(part: str, name: str, capsys: pytest.CaptureFixture) -> list[dict[s
         ("A", "triton", {"triton", "triton in place"}),
         ("A", "cuda", {"cuda", "cuda in place"}),
         ("A", "finish", {"reference", "triton in place", "cuda in place"}),
-        ("B", "peers", {"reference", "torch cross_entropy", "torch", "triton", "triton in place", "cuda"}),
-        ("B", "linear", {"eager", "torch", "triton", "cuda"}),
+        ("B", "peers", {"reference", "torch cross_entropy", "torch", "cuda", "cuda in place"}),
+        ("B", "linear", {"eager", "torch", "cuda"}),
     ],
 )
 def test_measuring(gpu: list[str], capsys: pytest.CaptureFixture, part: str, name: str, contenders: set[str]) -> None:
