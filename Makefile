@@ -73,7 +73,7 @@ plots: $(READY)
 	cp $(RESULTS)/growth/*_growth_*.png $(RESULTS)/growth/*_roofline.png docs/images
 
 # On a machine with an NVIDIA GPU, with the interpreter that has its torch and triton: installs nothing but WHEELS, and
-# those in a folder of its own. PART is A, the kernels, or B, tests and peers: four and a half minutes each.
+# those in a folder of its own. PART is A, the kernels, or B, tests and peers: 270 and 300 seconds.
 gpu-check:
 	$(PYTHON) benchmarks/gpu_check.py --part $(PART) $(if $(OUT),--out $(OUT)) $(if $(STAGES),--stages $(STAGES)) \
 	  $(if $(COMMIT),--commit $(COMMIT))

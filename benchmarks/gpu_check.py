@@ -1,4 +1,4 @@
-"""A GPU that is at hand for a quarter of an hour, turned into evidence: two parts of four and a half minutes each.
+"""A GPU that is at hand for a quarter of an hour, turned into evidence: two parts, of 270 and 300 seconds.
 
     make gpu-check PART=A [OUT=FOLDER] [WHEELS=FOLDER] [COMMIT=NAME]    (python benchmarks/gpu_check.py --part A ...)
 

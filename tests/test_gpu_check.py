@@ -156,7 +156,7 @@ def test_what_is_read_from_lines() -> None:
 # -- the plan ----------------------------------------------------------------------------------------------------------
 
 
-def test_a_part_takes_four_and_a_half_minutes_and_three_files() -> None:
+def test_parts_take_270_and_300_seconds() -> None:
     for name, stages in gpu_check.PARTS.items():
         ends = [one.until for one in stages if not one.beside]
         assert ends == sorted(ends)
