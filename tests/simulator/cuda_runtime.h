@@ -17,6 +17,7 @@
 #include <random>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 #include <vector>
 
 #define __global__
@@ -144,8 +145,24 @@ inline int64_t index_in(const dim3& grid, int64_t i) {
   return i;
 }
 
-template <class Kernel, class... Arguments>
-void launch(Kernel kernel, dim3 grid, unsigned threads, const Arguments&... arguments) {
+// The compiler's text of a kernel with its template arguments.
+template <auto Kernel>
+const char* name_of() {
+  return __PRETTY_FUNCTION__;
+}
+
+// Takes launches in place of the simulator, where it is set: the kernel, its grid and threads, the bytes of each parameter.
+inline std::function<void(const char*, dim3, unsigned, const std::vector<std::string>&)> instead;
+
+template <class T>
+std::string bytes_of(const T& x) {
+  return std::string(reinterpret_cast<const char*>(&x), sizeof x);
+}
+
+template <class... Parameters>
+void launch(const char* name, void (*kernel)(Parameters...), dim3 grid, unsigned threads,
+            const std::decay_t<Parameters>&... arguments) {
+  if (instead) return instead(name, grid, threads, {bytes_of(arguments)...});
   gridDim = grid;
   blockDim = dim3(threads);
   body = [&] { kernel(arguments...); };
@@ -175,7 +192,7 @@ T exchange(T x, unsigned from_lane_mask, int line) {
 #define __syncthreads() simulator::wait_at(__LINE__)
 #define __shfl_xor_sync(mask, x, distance) simulator::exchange(x, distance, __LINE__)
 #define GRPO_LAUNCH(kernel, grid, threads, stream, ...) \
-  ((void)(stream), simulator::launch(kernel, grid, threads, __VA_ARGS__))
+  ((void)(stream), simulator::launch(simulator::name_of<kernel>(), kernel, grid, threads, __VA_ARGS__))
 
 inline void __threadfence() {}
 inline unsigned atomicAdd(unsigned* address, unsigned value) {

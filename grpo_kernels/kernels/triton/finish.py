@@ -266,7 +266,7 @@ def alpha_loss_and_coefficients(
             total_size += tl.sum(tl.load(sizes_ptr + groups, inside, other=0), 0).to(tl.float64)
 
     if UPDATE == "inline":
-        tl.store(skipped_ptr, tl.load(skipped_ptr) + (broken > 0).to(tl.int64))
+        tl.atomic_add(skipped_ptr, (broken > 0).to(tl.int64), sem="relaxed")
         if (broken == 0) & (pairs > 0):
             _move_alpha(
                 group_ptr, counts_ptr, log_alpha_ptr, sizes_ptr, K, pairs, total_size, step,

@@ -1,0 +1,96 @@
+"""Faults to plant: changes to a kernel's PTX, found by what the source says at the line that an instruction comes from."""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+from ptx import parser
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+Mutate = Callable[[str, str], str]
+
+
+@functools.lru_cache(maxsize=1)
+def _sources() -> dict[str, list[str]]:
+    """Lines of each kernel file, by its name."""
+    paths = [*(ROOT / "grpo_kernels" / "kernels" / "triton").glob("*.py"), *(ROOT / "csrc").rglob("*.*")]
+    return {path.name: path.read_text().splitlines() for path in paths if path.is_file()}
+
+
+@functools.lru_cache(maxsize=16)
+def instructions_by_source(text: str, name: str, opcode: str) -> dict[str, list[int]]:
+    """Source line "file:number  what it says" -> PTX lines (from 0) of the instructions that begin with ``opcode``."""
+    found: dict[str, list[int]] = {}
+    for one in parser.kernel(text, name).statements:
+        if not re.match(rf"(?:@!?\S+\s+)?{re.escape(opcode)}", one.text):
+            continue
+        file, _, number = one.source.partition(":")
+        lines = _sources().get(file)
+        said = lines[int(number) - 1].strip() if lines else ""
+        found.setdefault(f"{one.source}  {said}", []).append(one.line - 1)
+    return found
+
+
+def without(kernel: str, opcode: str, says: str) -> Mutate:
+    """Drops the instructions that come from source lines with ``says``: what a programmer would have forgotten."""
+
+    def mutate(name: str, text: str) -> str:
+        if kernel not in name:
+            return text
+        lines = text.split("\n")
+        chosen = [
+            line
+            for source, numbers in instructions_by_source(text, name, opcode).items()
+            if says in source
+            for line in numbers
+        ]
+        if not chosen:
+            raise LookupError(f"{name} has no {opcode} from a line that says {says!r}")
+        for line in chosen:
+            lines[line] = re.sub(rf"(@!?\S+\s+)?{re.escape(opcode)}[^;]*;", "", lines[line])
+        return "\n".join(lines)
+
+    return mutate
+
+
+def replaced(kernel: str, pattern: str, replacement: str, count: int = 0) -> Mutate:
+    """Changes what matches ``pattern``: all of it, or the first ``count``."""
+
+    def mutate(name: str, text: str) -> str:
+        if kernel not in name:
+            return text
+        changed, found = re.subn(pattern, replacement, text, count=count)
+        if not found:
+            raise LookupError(f"{name} has nothing like {pattern!r}")
+        return changed
+
+    return mutate
+
+
+def one_tile_more(kernel: str) -> Mutate:
+    """The loops over whole tiles go on for one more: the comparisons before backward branches around 16-byte loads."""
+
+    def mutate(name: str, text: str) -> str:
+        if kernel not in name:
+            return text
+        body = parser.kernel(text, name)
+        lines, changed = text.split("\n"), 0
+        for end, statement in enumerate(body.statements):
+            branch = re.fullmatch(r"@(!?)(\S+)\s+bra\s+(\S+)", " ".join(statement.text.split()))
+            begin = body.labels.get(branch[3], end) if branch else end
+            loop = body.statements[begin : end + 1]
+            if begin >= end or not any(".v4." in one.text and "ld.global" in one.text for one in loop):
+                continue
+            for one in reversed(loop):
+                if re.match(rf"setp\.(lt|ge)\.\w+\s+{re.escape(branch[2])}\b", one.text):
+                    lines[one.line - 1] = lines[one.line - 1].replace("setp.lt", "setp.le").replace("setp.ge", "setp.gt")
+                    changed += 1
+                    break
+        if not changed:
+            raise LookupError(f"{name} has no loop over tiles")
+        return "\n".join(lines)
+
+    return mutate
