@@ -14,7 +14,7 @@ READY := $(VENV)/.ready
 DOCS_READY := $(VENV)/.docs-ready
 endif
 
-.PHONY: train test test-cpus lint docs bench plots sanitize gpu-check clean
+.PHONY: train test test-cpus lint docs bench plots sanitize ptx gpu-check clean
 
 train: $(READY)
 	$(PY) -m grpo_kernels train --compare $(ARGS)
@@ -59,6 +59,10 @@ sanitize: $(READY)
 	  -k "(native or cpp) and not extension and not build" \
 	  $(CURDIR)/tests/test_native.py $(CURDIR)/tests/test_native_mathematics.py \
 	  $(CURDIR)/tests/test_sequence_logps.py $(CURDIR)/tests/test_losses.py $(ARGS)
+
+# The PTX of the kernels in the interpreter of tests/ptx: longer than the tests; ARGS="--seeds 20" longer still.
+ptx: $(READY)
+	cd tests && TRITON_INTERPRET=0 PYTHONPATH=$(CURDIR) $(if $(findstring /,$(PY)),$(abspath $(PY)),$(PY)) -m ptx $(ARGS)
 
 bench: $(READY)
 	$(PY) -m grpo_kernels bench $(ARGS)

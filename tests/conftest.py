@@ -42,6 +42,7 @@ if simulated_cuda.missing() is None:
 
 # Run by test_zero3.py under torchrun; importing it needs DeepSpeed, and collecting doctests would import it.
 collect_ignore = ["distributed/zero3.py"]
+collect_ignore_glob = ["ptx/*"]  # for a process of its own, in which Triton compiles (test_ptx.py)
 
 
 def _backends_and_devices() -> list[tuple[str, str]]:

@@ -67,7 +67,7 @@ def round_float32(x: Array, mode: str = "rn") -> Array:
 
 
 def fused(a: Array, b: Array, c: Array) -> Array:
-    """a * b + c in float64 with one rounding but for ties: the product as two numbers (Dekker), the sum as two (Knuth)."""
+    """a * b + c in float64 with one rounding but for ties: product (Dekker) and sum (Knuth) as two numbers each."""
     product = a * b
     high_a, high_b = (x * 134217729.0 - (x * 134217729.0 - x) for x in (a, b))
     low_a, low_b = a - high_a, b - high_b
@@ -113,7 +113,9 @@ def _top_word(x: Array) -> Array:
 
 
 def _reciprocal(types: list[str], flags: list[str]) -> Operation | None:
-    return _floating((lambda x: _top_word(1 / x)) if "approx" in flags else (lambda x: 1 / x), 1, "rn approx")(types, flags)
+    return _floating((lambda x: _top_word(1 / x)) if "approx" in flags else (lambda x: 1 / x), 1, "rn approx")(
+        types, flags
+    )
 
 
 def _in_float64(compute: Callable[[Array], Array]) -> Callable[[Array], Array]:
@@ -311,9 +313,11 @@ def _conversion(types: list[str], flags: list[str]) -> Operation | None:
         return None
     if target in ("bf16x2", "f16x2"):
         narrow = _bfloat16 if target == "bf16x2" else lambda x: x.astype(np.float16).view(np.uint16)
-        return Operation(
-            target, ("f32", "f32"), lambda a, b: (narrow(a).astype(np.uint32) << np.uint32(16)) | narrow(b)
-        ) if flags == ["rn"] and source == "f32" else None
+        return (
+            Operation(target, ("f32", "f32"), lambda a, b: (narrow(a).astype(np.uint32) << np.uint32(16)) | narrow(b))
+            if flags == ["rn"] and source == "f32"
+            else None
+        )
 
     integral = next((INTEGRAL[one] for one in flags if one in INTEGRAL), None)
     mode = next((one for one in flags if one in ("rn", "rz", "rm", "rp")), "rn")

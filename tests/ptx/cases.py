@@ -7,21 +7,34 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import ModuleType
-from typing import Any
 
 import torch
 import truth
 from torch import Tensor
 
-from grpo_kernels.kernels.group_robust import COEFFICIENTS, GroupRobustTables
+from grpo_kernels.batch import Pairs, Rows
+from grpo_kernels.kernels.group_robust import (
+    COEFFICIENTS,
+    GROUP_LOSSES,
+    LOGPS,
+    PAIR_LOSSES,
+    GroupRobustTables,
+    GroupState,
+)
 from ptx import cuda_kernels, triton_kernels
 from ptx.device import Device
 
 IGNORED = -100
-BLOCK, NUM_WARPS, FINISH_BLOCK = 256, 2, 64
-SIZES = [60, 35, 5, 20, 80]
+BLOCK, NUM_WARPS, FINISH_BLOCK = 512, 2, 64  # 16 bytes a thread of bfloat16
+SIZES, ALPHA = [60, 35, 5, 20, 80], [0.4, 0.1, 0.1, 0.15, 0.25]
+STEP = ("importance", 0.3, 0.0, 0.0, 1.0, "inline")  # estimator, step_size, adjustment, floor, chi, update
+Mutate = Callable[[str, str], str]
+
+
+def unchanged(name: str, text: str) -> str:
+    return text
 
 
 def _triton() -> tuple[ModuleType, Callable[[Device], AbstractContextManager]]:
@@ -43,7 +56,7 @@ BACKENDS = {"triton": _triton, "cuda": _cuda}
 
 
 @dataclass(frozen=True)
-class Rows:
+class Tokens:
     """Token log-probabilities and their gradient."""
 
     dtype: torch.dtype = torch.float32
@@ -63,13 +76,13 @@ class Rows:
         return logits, torch.tensor([self.vocab - 1, IGNORED, 0, self.vocab // 2])
 
 
-def run_rows(compiler: str, case: Rows, mutate: Callable[[str, str], str] | None = None) -> None:
+def run_tokens(compiler: str, case: Tokens, mutate: Mutate | None = None) -> None:
     """
     Raises:
         Fault: found by the interpreter. AssertionError: a result is wrong, or was never written.
     """
     backend, on = BACKENDS[compiler]()
-    device = Device(case.seed, mutate or (lambda name, text: text))
+    device = Device(case.seed, mutate or unchanged)
     logits, labels = case.logits()
     exact, slopes = truth.token_terms(logits, labels)
     upstream = torch.linspace(-1, 2, labels.numel())
@@ -101,94 +114,76 @@ class Fused:
     vocab: int = 300
     splits: int = 1
     packed: bool = False
+    every_option: bool = False  # more than the formulas of truth.py have: only checked for what it must not do
     seed: int = 0
-    options: dict[str, Any] = field(default_factory=dict)
 
-    def inputs(self) -> tuple[Tensor, Tensor, list[int] | None]:
-        """logits, labels, cu_seqlens of 4 sequences; a counted label of each, an ignored one of most."""
+    def inputs(self) -> tuple[Tensor, Rows, Pairs, GroupState]:
+        """4 sequences, a counted label of each, an ignored one of most; 2 pairs of 5 groups."""
         generator = torch.Generator().manual_seed(self.seed)
         logits = (3 * torch.randn(4, 2, self.vocab, generator=generator)).to(self.dtype)
         labels = torch.randint(0, self.vocab, (4, 2), generator=generator)
         labels[0, 1] = labels[3, 0] = IGNORED
         labels[1, 1] = self.vocab - 1
-        if not self.packed:
-            return logits, labels, None
-        return logits.flatten(0, 1), labels.flatten(), [0, 1, 4, 6, 8]
-
-
-def run_fused(compiler: str, case: Fused, mutate: Callable[[str, str], str] | None = None) -> None:
-    """As run_rows."""
-    backend, on = BACKENDS[compiler]()
-    device = Device(case.seed, mutate or (lambda name, text: text))
-    logits, labels, ends = case.inputs()
-    ids, ref = torch.tensor([4, 0]), torch.linspace(-9, -8, 4, dtype=torch.float64)
-    log_alpha = torch.tensor([0.4, 0.1, 0.1, 0.15, 0.25], dtype=torch.float64).log()
-    alpha_before = log_alpha.exp().tolist()
-    options = {
-        **{"loss_type": "sigmoid", "label_smoothing": 0.1, "average": True, "ignore_index": IGNORED},
-        **{"estimator": "importance", "step_size": 0.3, "adjustment": 0.0, "floor": 0.0, "chi": 1.0},
-        **{"update": "inline", "splits": case.splits, **case.options},
-    }
-    state = [torch.zeros(5, dtype=torch.float64), torch.zeros(5, dtype=torch.int64), torch.zeros((), dtype=torch.int64)]
-    tables: GroupRobustTables
-    with on(device):
-        device.memory.add(logits, "logits")
-        tables = device.call(
-            backend.group_robust_forward,
-            *(logits, labels, None if ends is None else torch.tensor(ends), ref, ids, 0.1, None, None, log_alpha),
-            *(torch.tensor(SIZES), *state),
-            **options,
+        ends = torch.tensor([0, 1, 4, 6, 8]) if self.packed else None
+        if self.packed:
+            logits, labels = logits.flatten(0, 1), labels.flatten()
+        ref_logps = torch.linspace(-9, -8, 4, dtype=torch.float64)
+        given = {"margin": torch.ones(2), "weights": torch.ones(2)} if self.every_option else {}
+        pairs = Pairs(torch.tensor([4, 0]), ref_logps, beta=0.1, label_smoothing=0.1, **given)
+        update = ("group_mean", 0.3, 1.0, 0.1, 0.5, "lagged") if self.every_option else STEP
+        state = (
+            torch.zeros(5, dtype=torch.float64),
+            torch.zeros(5, dtype=torch.int64),
+            torch.zeros((), dtype=torch.int64),
         )
-        coefficients = tables.sequences[COEFFICIENTS]
-        if ends is None:
-            scale = coefficients[:, None].expand(labels.shape)
+        groups = GroupState(torch.tensor(ALPHA, dtype=torch.float64).log(), torch.tensor(SIZES), *state, *update)
+        return logits, Rows(labels, ends, ignore_index=IGNORED, average=True), pairs, groups
+
+
+def run_fused(compiler: str, case: Fused, mutate: Mutate | None = None) -> None:
+    """As run_tokens."""
+    backend, on = BACKENDS[compiler]()
+    device = Device(case.seed, mutate or unchanged)
+    logits, rows, pairs, groups = case.inputs()
+    with on(device):
+        tables = device.call(backend.group_robust_forward, logits, rows, pairs, groups, splits=case.splits)
+        scale = tables.sequences[COEFFICIENTS]
         out = torch.empty_like(logits)
         device.memory.add(out, "out", initialised=False)
         device.call(
             backend.token_logps_backward,
-            coefficients if case.packed else scale,
-            *(logits, labels, tables.lse, IGNORED, out),
+            scale if case.packed else scale[:, None].expand(rows.labels.shape),
+            *(logits, rows.labels, tables.lse, IGNORED, out),
             row_sequence=tables.row_sequence if case.packed else None,
         )
     for one in (*tables, out):
         assert one.numel() == 0 or device.memory.is_written(one)
-    if case.options:
-        return  # the formulas of truth.py have no such options: what was shown is that nothing was done wrong
-    _compare(case, logits, labels, ends, ref, ids.tolist(), alpha_before, log_alpha, tables, out)
+    if not case.every_option:
+        _compare(case, logits, rows, pairs, groups, tables, out)
 
 
 def _compare(
-    case: Fused,
-    logits: Tensor,
-    labels: Tensor,
-    ends: list[int] | None,
-    ref: Tensor,
-    ids: list[int],
-    alpha: list[float],
-    log_alpha: Tensor,
-    tables: GroupRobustTables,
-    out: Tensor,
+    case: Fused, logits: Tensor, rows: Rows, pairs: Pairs, groups: GroupState, tables: GroupRobustTables, out: Tensor
 ) -> None:
-    logps, slopes = truth.sequence_terms(logits, labels, ends, average=True)
-    ratios = logps - ref
-    h = (ratios[:2] - ratios[2:]).tolist()
-    exact = truth.group_robust(h, ids, alpha, 0.3, SIZES, "importance", 0.1, "sigmoid", 0.1)
+    ends = None if rows.cu_seqlens is None else rows.cu_seqlens.tolist()
+    logps, slopes = truth.sequence_terms(logits, rows.labels, ends, average=True)
+    ratios = logps - pairs.ref_logps
+    exact = truth.group_robust(
+        (ratios[:2] - ratios[2:]).tolist(), pairs.group_ids.tolist(), ALPHA, groups.step_size, SIZES,
+        beta=pairs.beta, label_smoothing=pairs.label_smoothing,
+    )  # fmt: skip
     dh = torch.tensor(exact["dh"], dtype=torch.float64)
-    slope_of = torch.cat([dh, -dh])
-    if ends is None:
-        exact_gradient = slope_of[:, None, None] * slopes
-    else:
-        lengths = torch.tensor(ends).diff()
-        exact_gradient = slope_of.repeat_interleave(lengths)[:, None] * slopes
+    lengths = torch.tensor([0, 2, 4, 6, 8] if ends is None else ends).diff()
+    slope_of_row = torch.cat([dh, -dh]).repeat_interleave(lengths)
+    exact_gradient = (slope_of_row[:, None] * slopes.reshape(8, -1)).reshape(logits.shape)
     # A token's log-probability has the roundings of its largest logit, and of log V; the rest is float64.
-    eps = torch.finfo(tables.loss.dtype).eps
-    roundings = 16 * eps * (1 + logits.abs().max().item())
+    roundings = 16 * torch.finfo(tables.loss.dtype).eps * (1 + logits.abs().max().item())
     for name, got, wanted in (
         ("loss", tables.loss[None], exact["loss"]),
-        ("alpha", log_alpha.exp(), exact["alpha"]),
-        ("pair_losses", tables.pairs[0], exact["pair_losses"]),
-        ("group losses", tables.groups[1], exact["group_losses"]),
-        ("sequence log-probabilities", tables.sequences[0], logps.tolist()),
+        ("alpha", groups.log_alpha.exp(), exact["alpha"]),
+        ("pair_losses", tables.pairs[PAIR_LOSSES], exact["pair_losses"]),
+        ("group losses", tables.groups[GROUP_LOSSES], exact["group_losses"]),
+        ("sequence log-probabilities", tables.sequences[LOGPS], logps.tolist()),
     ):
         error = (got.double() - torch.tensor(wanted, dtype=torch.float64)).abs().max().item()
         assert error <= roundings * max(1.0, *map(abs, wanted)), f"{name}: error {error}"

@@ -1,8 +1,8 @@
 """Which accesses are ordered: vector clocks of every thread of a launch.
 
-`known[t, u]` is the last epoch of thread u whose accesses happen before what thread t does next. An epoch ends where its
-thread releases: at a barrier, a fence, or an atomic with release. As in the PTX memory model, a release pattern is a
-fence and then a strong write; an acquire pattern a strong read of it and then a fence; an atomic add continues the
+`known[t, u]` is the last epoch of thread u whose accesses happen before what thread t does next. An epoch ends where
+its thread releases: at a barrier, a fence, or an atomic with release. As in the PTX memory model, a release pattern is
+a fence and then a strong write; an acquire pattern a strong read of it and then a fence; an atomic add continues the
 chain of those before it.
 """
 

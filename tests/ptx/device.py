@@ -1,14 +1,14 @@
-"""A device made of CPU tensors: what a backend's function allocates is known, with what was written to it and what not."""
+"""A device made of CPU tensors: of all that a backend's function allocates it is known what was written to it."""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -52,9 +52,8 @@ class Device:
 
     def call(self, function: Callable, *args: Any, **kwargs: Any) -> Any:
         """Of a backend, whose launchers come to `launch`."""
-        for name, value in [*enumerate(args), *kwargs.items()]:
-            if isinstance(value, Tensor):
-                self.memory.add(value, f"argument {name} {tuple(value.shape)}")
+        for name, value in _tensors([*enumerate(args), *kwargs.items()]):
+            self.memory.add(value, f"argument {name} {tuple(value.shape)}")
         with _Allocations(self.memory):
             return function(*args, **kwargs)
 
@@ -63,6 +62,15 @@ class Device:
         seed = int(np.random.SeedSequence([self.seed, len(self.launched)]).generate_state(1)[0])
         self.launched.append(name)
         machine.launch(program, grid, block_size, params, dynamic_shared, self.memory, seed)
+
+
+def _tensors(named: list[tuple[Any, Any]]) -> Iterator[tuple[str, Tensor]]:
+    """Those of arguments, and of objects that travel with several."""
+    for name, value in named:
+        if isinstance(value, Tensor):
+            yield str(name), value
+        elif dataclasses.is_dataclass(value):
+            yield from _tensors(list(vars(value).items()))
 
 
 @functools.lru_cache(maxsize=64)

@@ -1,4 +1,4 @@
-"""Instructions that reach beyond a thread's registers: memory, atomics, fences, barriers, and exchange within a warp."""
+"""Instructions that reach beyond a thread's registers: memory, atomics, fences, barriers, exchange within a warp."""
 
 from __future__ import annotations
 
@@ -140,7 +140,7 @@ def _atomic(instruction: Instruction) -> Run:
 
 
 def _fence(instruction: Instruction) -> Run:
-    """A fence of block scope orders nothing between blocks. It counts for nothing within one either, which is too strict."""
+    """A fence of block scope orders nothing between blocks. Here not even within one, which is too strict."""
     kinds = set(instruction.parts[1:])
     if kinds - {"sc", "acq_rel", "gl", *SCOPES}:
         raise instruction.unsupported("unknown modifiers of an instruction")
@@ -152,7 +152,7 @@ def _fence(instruction: Instruction) -> Run:
     return run
 
 
-# -- what lanes or warps do together: they wait for each other ----------------------------------------------------------
+# -- what lanes or warps do together: they wait for each other ---------------------------------------------------------
 
 
 def _block_barrier(instruction: Instruction) -> Run:

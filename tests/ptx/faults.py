@@ -1,4 +1,4 @@
-"""Faults to plant: changes to a kernel's PTX, found by what the source says at the line that an instruction comes from."""
+"""Faults to plant: changes to a kernel's PTX, found by what the source says where an instruction comes from."""
 
 from __future__ import annotations
 
@@ -28,13 +28,18 @@ def instructions_by_source(text: str, name: str, opcode: str) -> dict[str, list[
         if not re.match(rf"(?:@!?\S+\s+)?{re.escape(opcode)}", one.text):
             continue
         file, _, number = one.source.partition(":")
-        lines = _sources().get(file)
-        said = lines[int(number) - 1].strip() if lines else ""
+        lines = _sources().get(file, [])
+        said = lines[int(number) - 1].strip() if number and lines else ""
         found.setdefault(f"{one.source}  {said}", []).append(one.line - 1)
     return found
 
 
-def without(kernel: str, opcode: str, says: str) -> Mutate:
+def without_first_barrier(kernel: str, says: str) -> Mutate:
+    """As `without`, but the first alone."""
+    return without(kernel, "bar.sync", says, 1)
+
+
+def without(kernel: str, opcode: str, says: str, count: int | None = None) -> Mutate:
     """Drops the instructions that come from source lines with ``says``: what a programmer would have forgotten."""
 
     def mutate(name: str, text: str) -> str:
@@ -49,20 +54,20 @@ def without(kernel: str, opcode: str, says: str) -> Mutate:
         ]
         if not chosen:
             raise LookupError(f"{name} has no {opcode} from a line that says {says!r}")
-        for line in chosen:
+        for line in sorted(chosen)[:count]:
             lines[line] = re.sub(rf"(@!?\S+\s+)?{re.escape(opcode)}[^;]*;", "", lines[line])
         return "\n".join(lines)
 
     return mutate
 
 
-def replaced(kernel: str, pattern: str, replacement: str, count: int = 0) -> Mutate:
-    """Changes what matches ``pattern``: all of it, or the first ``count``."""
+def replaced(kernel: str, pattern: str, replacement: str) -> Mutate:
+    """Changes all that matches ``pattern``."""
 
     def mutate(name: str, text: str) -> str:
         if kernel not in name:
             return text
-        changed, found = re.subn(pattern, replacement, text, count=count)
+        changed, found = re.subn(pattern, replacement, text)
         if not found:
             raise LookupError(f"{name} has nothing like {pattern!r}")
         return changed
@@ -70,8 +75,16 @@ def replaced(kernel: str, pattern: str, replacement: str, count: int = 0) -> Mut
     return mutate
 
 
+ONE_MORE = {
+    "lt": "le",
+    "ge": "gt",
+    "ne.b": "ge.s",
+    "ne.s": "ge.s",
+}  # upward, and down to 0
+
+
 def one_tile_more(kernel: str) -> Mutate:
-    """The loops over whole tiles go on for one more: the comparisons before backward branches around 16-byte loads."""
+    """Loops over whole tiles go on for one more: the comparisons before backward branches around vector loads."""
 
     def mutate(name: str, text: str) -> str:
         if kernel not in name:
@@ -80,15 +93,14 @@ def one_tile_more(kernel: str) -> Mutate:
         lines, changed = text.split("\n"), 0
         for end, statement in enumerate(body.statements):
             branch = re.fullmatch(r"@(!?)(\S+)\s+bra\s+(\S+)", " ".join(statement.text.split()))
-            begin = body.labels.get(branch[3], end) if branch else end
-            loop = body.statements[begin : end + 1]
-            if begin >= end or not any(".v4." in one.text and "ld.global" in one.text for one in loop):
+            loop = body.statements[body.labels.get(branch[3], end) : end + 1] if branch else []
+            if not any(re.match(r"ld\.global\S*\.v[24]\.", one.text) for one in loop):
                 continue
-            for one in reversed(loop):
-                if re.match(rf"setp\.(lt|ge)\.\w+\s+{re.escape(branch[2])}\b", one.text):
-                    lines[one.line - 1] = lines[one.line - 1].replace("setp.lt", "setp.le").replace("setp.ge", "setp.gt")
+            for one in loop:
+                compared = re.match(rf"setp\.(lt|ge|ne\.[bs])\S*\s+{re.escape(branch[2])}\b", one.text)
+                if compared:
+                    lines[one.line - 1] = lines[one.line - 1].replace(compared[1], ONE_MORE[compared[1]], 1)
                     changed += 1
-                    break
         if not changed:
             raise LookupError(f"{name} has no loop over tiles")
         return "\n".join(lines)

@@ -25,10 +25,10 @@ COMPUTES, REACHES_OUT, BRANCHES, ENDS = range(4)
 
 
 def _compute(instruction: Instruction) -> Callable[[Warp, np.ndarray], None]:
-    target, *operands = instruction.operands
     if instruction.parts[0] == "mov" and any(isinstance(one, Several) for one in instruction.operands):
         return _split_or_join(instruction)
     operation = arithmetic.decoded(instruction)
+    target, *operands = instruction.operands
     targets = target.parts if isinstance(target, Several) else (target,)
     write = writer(targets[0], operation.result)
     readers = [reader(*pair) for pair in zip(operands, operation.sources, strict=False)]
@@ -256,7 +256,9 @@ class Launch:
         """An atomic of block scope is one for its own block only."""
         block, before = self._scopes.setdefault(key, (warp.block.number, scope))
         if block != warp.block.number and "cta" in (scope, before):
-            raise access.fault("race", 0, "meets an atomic of another block, and one of the two has the scope of its block")
+            raise access.fault(
+                "race", 0, "meets an atomic of another block, and one of the two has the scope of its block"
+            )
         self._scopes[key] = (warp.block.number, scope)
 
 

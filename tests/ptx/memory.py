@@ -55,7 +55,7 @@ class Allocation:
     initialised: np.ndarray  # by grain
     allowed: np.ndarray | None = None  # by grain, None where all of it is
     keep: object = None
-    # Of this launch, by grain: the last write and read, as thread, epoch (0: none) and line; other reads since that write.
+    # Of this launch, by grain: the last write and read, as thread, epoch (0: none) and line; reads beside that one.
     writes: np.ndarray = field(init=False)
     reads: np.ndarray = field(init=False)
     many_read: np.ndarray = field(init=False)
@@ -242,9 +242,7 @@ class Memory:
         crooked = access.addresses % access.size != 0
         if crooked.any():
             lane = int(np.argmax(crooked))
-            raise access.fault(
-                "misaligned", lane, f"accesses {access.size} bytes at {hex(access.addresses[lane])}"
-            )
+            raise access.fault("misaligned", lane, f"accesses {access.size} bytes at {hex(access.addresses[lane])}")
         index = np.searchsorted(self._bases, access.addresses, side="right") - 1
         for i in np.unique(index):
             lanes = index == i

@@ -176,7 +176,9 @@ def _layout(declarations: list[str], begin: int = 0) -> tuple[dict[str, tuple[in
     """Name -> (offset, bytes) of variables one after another, and where they end."""
     places = {}
     for declaration in declarations:
-        kind, name, count = re.search(r"\.([bsuf]\d+)\b.*?([\w$]+)(?:\[(\d+)\])?\s*$", declaration.strip(), re.S).groups()
+        kind, name, count = re.search(
+            r"\.([bsuf]\d+)\b.*?([\w$]+)(?:\[(\d+)\])?\s*$", declaration.strip(), re.S
+        ).groups()
         aligned = re.match(r"\.align\s+(\d+)", declaration.strip())
         size = BITS[kind] // 8
         alignment = int(aligned[1]) if aligned else size

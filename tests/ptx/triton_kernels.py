@@ -15,16 +15,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-
-CACHE = Path(__file__).resolve().parent.parent.parent / "build" / "ptx" / "triton"
-os.environ["TRITON_CACHE_DIR"] = str(CACHE)  # its entries lack a cubin, so that no other program may use them
-
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import CUDABackend
 
 from ptx.device import Device
 
+CACHE = Path(__file__).resolve().parent.parent.parent / "build" / "ptx" / "triton"
 CAPABILITY = 90
 SHARED_MEMORY = 232_448
 FORMATS = {"i1": "?", "i8": "b", "i16": "h", "i32": "i", "i64": "q", "u32": "I", "u64": "Q", "fp32": "f", "fp64": "d"}
@@ -83,6 +80,7 @@ def on(device: Device) -> Iterator[None]:
     """Inside, launches of Triton kernels run on ``device``."""
     if os.environ.get("TRITON_INTERPRET", "0") == "1":
         raise RuntimeError("Triton's own interpreter was chosen: start a process with TRITON_INTERPRET=0")
+    os.environ["TRITON_CACHE_DIR"] = str(CACHE)  # its entries have no cubin, so that no other program may use them
     CUDABackend.make_cubin = lambda self, source, *rest: source.encode()  # the "binary" is the PTX
     triton.runtime.driver.set_active(_driver)
     _driver.device = device
