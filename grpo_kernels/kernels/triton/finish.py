@@ -266,6 +266,7 @@ def alpha_loss_and_coefficients(
             total_size += tl.sum(tl.load(sizes_ptr + groups, inside, other=0), 0).to(tl.float64)
 
     if UPDATE == "inline":
+        # An atomic is one thread's. A load is every thread's, and would race the store of the first.
         tl.atomic_add(skipped_ptr, (broken > 0).to(tl.int64), sem="relaxed")
         if (broken == 0) & (pairs > 0):
             _move_alpha(
