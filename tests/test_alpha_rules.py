@@ -8,6 +8,7 @@ import math
 
 import pytest
 import torch
+import truth
 from conftest import batch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -35,7 +36,22 @@ def moved(rule, parameter, losses, prior=None, alpha=None, present=None, floor=0
 
 
 def test_every_rule_is_tested() -> None:
-    assert set(PARAMETERS) == set(ALPHA_RULES)
+    """A new rule brings parameters to try and, in truth.py, its formula in plain numbers."""
+    assert set(PARAMETERS) == set(truth.ALPHA_RULES) == set(ALPHA_RULES)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_rule_is_its_formula(case: tuple[str, float]) -> None:
+    rule, parameter = case
+    generator = torch.Generator().manual_seed(1)
+    for num_groups in (1, 2, 5):
+        for _ in range(10):
+            losses, prior, alpha = torch.rand(3, num_groups, generator=generator, dtype=torch.float64) + 0.05
+            losses[-1] = losses[0]  # equal ones
+            prior, alpha = prior / prior.sum(), alpha / alpha.sum()
+            expected = truth.ALPHA_RULES[rule](alpha.tolist(), prior.tolist(), losses.tolist(), parameter)
+            got = moved(rule, parameter, losses, prior, alpha)
+            torch.testing.assert_close(got, torch.tensor(expected, dtype=torch.float64), rtol=1e-6, atol=1e-7)
 
 
 def positive(n: int) -> st.SearchStrategy:

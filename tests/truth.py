@@ -114,6 +114,62 @@ def assert_within_budget(got: Tensor, exact: Tensor, plain: Tensor, what: str) -
     assert error <= budget, f"{what}: error {error:.3g} is over the budget {budget:.3g} (plain: {plain_error:.3g})"
 
 
+# -- every rule for alpha: (alpha of before, prior, losses, parameter) -> the new alpha, number by number ------------
+
+
+def _normalised(weights: list[float]) -> list[float]:
+    return [weight / sum(weights) for weight in weights]
+
+
+def exponentiated_gradient(
+    alpha: list[float], prior: list[float], losses: list[float], step_size: float
+) -> list[float]:
+    return _normalised([a * math.exp(step_size * (x - max(losses))) for a, x in zip(alpha, losses, strict=True)])
+
+
+def soft_maximum(alpha: list[float], prior: list[float], losses: list[float], temperature: float) -> list[float]:
+    return _normalised([p * math.exp((x - max(losses)) / temperature) for p, x in zip(prior, losses, strict=True)])
+
+
+def cvar(alpha: list[float], prior: list[float], losses: list[float], level: float) -> list[float]:
+    """The worst groups get prior / level each until all of the weight is given away; equal losses share alike."""
+    left, weights = 1.0, [0.0] * len(losses)
+    for loss in sorted(set(losses), reverse=True):
+        group = [g for g, x in enumerate(losses) if x == loss]
+        wanted = sum(prior[g] for g in group) / level
+        for g in group:
+            weights[g] = prior[g] / level * min(1.0, left / wanted)
+        left = max(0.0, left - wanted)
+    return weights
+
+
+def chi_squared(alpha: list[float], prior: list[float], losses: list[float], radius: float) -> list[float]:
+    """prior * max(0, L - c), normalised, with the smallest c whose distance from the prior is the radius at most."""
+
+    def weights(c: float) -> list[float]:
+        return _normalised([p * max(0.0, x - c) for p, x in zip(prior, losses, strict=True)])
+
+    def distance(c: float) -> float:
+        return sum((w - p) ** 2 / p for w, p in zip(weights(c), prior, strict=True))
+
+    spread = max(losses) - min(losses)
+    if not radius or not spread:
+        return list(prior)
+    low, high = min(losses) - 1e6 * spread, max(losses) - 1e-9 * spread
+    for _ in range(200):
+        middle = (low + high) / 2
+        low, high = (middle, high) if distance(middle) < radius else (low, middle)
+    return weights(low)
+
+
+ALPHA_RULES = {
+    "exponentiated_gradient": exponentiated_gradient,
+    "soft_maximum": soft_maximum,
+    "cvar": cvar,
+    "chi_squared": chi_squared,
+}
+
+
 # -- every pair loss, as its paper writes it; autograd differentiates it -------------------------------------------
 
 
