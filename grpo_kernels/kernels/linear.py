@@ -28,6 +28,10 @@ if TYPE_CHECKING:
     from grpo_kernels.kernels.linear_plan import LinearPlan
 
 
+# Logits that the first levels of a CPU's cache hold between two readings.
+CACHED_BYTES = 1 << 20
+
+
 class LinearHead(NamedTuple):
     """weight (V, D), bias (V,), and what the model does to their logits; a softcap of 0 is none."""
 
@@ -70,6 +74,24 @@ class LinearHead(NamedTuple):
             logits.mul_(self.logit_scale)
         return logits
 
+    def logps_and_unit_gradient(
+        self, kernels: KernelBackend, logits: Tensor, labels: Tensor, ignore_index: int
+    ) -> tuple[Tensor, Tensor]:
+        """token_logps (n,) and lse (n, 2) of a chunk, whose logits become G.
+
+        On a CPU a few rows at a time, so that the second reading is from the cache.
+        """
+        rows = logits.shape[0]
+        if logits.device.type == "cpu":
+            rows = max(1, CACHED_BYTES // (logits.shape[1] * logits.itemsize))
+        token_logps, lse = new_token_outputs(logits, labels)
+        for begin in range(0, logits.shape[0], rows):
+            some = slice(begin, begin + rows)
+            found = kernels.token_logps_forward(logits[some], labels[some], ignore_index)
+            token_logps[some], lse[some] = found
+            self.to_unit_gradient(kernels, logits[some], labels[some], found[1], ignore_index)
+        return token_logps, lse
+
 
 def kept_shape(plan: LinearPlan, hidden: Tensor, weight: Tensor) -> tuple[int, ...]:
     if plan.name == "frozen":
@@ -96,9 +118,11 @@ def linear_token_logps_forward(
         end = begin + chunk_labels.shape[0]
         keeps = plan.name == "keep" and end <= plan.kept_rows
         logits = head.logits(take(block, chunk), kept[begin:end] if keeps else buffer)
-        block_logps[chunk], block_lse[chunk] = kernels.token_logps_forward(logits, chunk_labels, rows.ignore_index)
+        arguments = (logits, chunk_labels, rows.ignore_index)
         if keeps or block_states is not None:
-            head.to_unit_gradient(kernels, logits, chunk_labels, block_lse[chunk], rows.ignore_index)
+            block_logps[chunk], block_lse[chunk] = head.logps_and_unit_gradient(kernels, *arguments)
+        else:
+            block_logps[chunk], block_lse[chunk] = kernels.token_logps_forward(*arguments)
         if block_states is not None:
             block_states[chunk] = logits @ head.weight
     return token_logps, lse, kept

@@ -34,6 +34,7 @@ from grpo_kernels.segments import segment_sum
 ROUNDINGS = 32
 # exp(+-60) and sums of it hold in float32; a group beyond it is computed again.
 MAX_EXPONENT = 60.0
+ROWS_AT_ONCE = 64
 
 
 class Forecast(NamedTuple):
@@ -176,10 +177,9 @@ class Sweep:
             self._take_losses(too_long)
         for chunk in chunks:
             rows = self._rows_of(chunk.pairs)
-            unit = self._take_logits(rows, buffer)
+            unit = self._take_logits(rows, buffer, makes_gradient=True)
             self._take_losses(chunk.pairs)
             swept.is_swept[[*chunk.pairs, *(pair + self.num_pairs for pair in chunk.pairs)]] = True
-            self.head.to_unit_gradient(self.kernels, unit, self.labels[rows], swept.lse[rows], self.rows.ignore_index)
             if needs_grad[0]:
                 swept.states[rows] = unit @ self.head.weight
             factors = self._factors(rows, of_groups=not chunk.is_open)
@@ -199,12 +199,14 @@ class Sweep:
         sequences = [s for pair in pairs for s in (pair, pair + self.num_pairs)]
         return torch.cat([self.counted[self.starts[s] : self.ends[s]] for s in sequences])
 
-    def _take_logits(self, rows: Tensor, buffer: Tensor) -> Tensor:
-        """The rows' logits, in the buffer; their log-probabilities are added to their sequences'."""
+    def _take_logits(self, rows: Tensor, buffer: Tensor, makes_gradient: bool = False) -> Tensor:
+        """The rows' logits, or G, in the buffer; their log-probabilities are added to their sequences'."""
         logits = self.head.logits(self.hidden[rows], buffer)
-        logps, self.swept.lse[rows] = self.kernels.token_logps_forward(
-            logits, self.labels[rows], self.rows.ignore_index
-        )
+        arguments = (logits, self.labels[rows], self.rows.ignore_index)
+        if makes_gradient:
+            logps, self.swept.lse[rows] = self.head.logps_and_unit_gradient(self.kernels, *arguments)
+        else:
+            logps, self.swept.lse[rows] = self.kernels.token_logps_forward(*arguments)
         if self.token_weights is not None:
             logps = logps * self.token_weights[rows]
         self.sums.add_(segment_sum(logps, self.sequence[rows], self.rows.num_sequences))
@@ -303,4 +305,10 @@ def sweep_backward(
 
 def _scaled(sums: Tensor, ratio: Tensor, usable: bool, dtype: torch.dtype) -> Tensor:
     scaled = torch.empty(sums.shape, dtype=dtype, device=sums.device)
-    return torch.mul(sums, ratio, out=scaled) if usable else scaled.zero_()
+    if not usable:
+        return scaled.zero_()
+    if dtype == sums.dtype or sums.is_cuda:
+        return torch.mul(sums, ratio, out=scaled)
+    for some, of_sums in zip(scaled.split(ROWS_AT_ONCE), sums.split(ROWS_AT_ONCE), strict=True):
+        some.copy_(of_sums * ratio)  # several times as fast on a CPU as a product of two dtypes
+    return scaled
