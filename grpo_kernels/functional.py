@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Unpack
 
 import torch
@@ -230,6 +230,12 @@ def preference_losses(
         >>> preference_losses(torch.tensor([-1.0, -1.0]), beta=0.5)  # no preference either way: log 2
         tensor([0.6931])
     """
+    policy_logps, ref_logps, token_counts = dtensor.unwrapped(
+        policy_logps=policy_logps, ref_logps=ref_logps, token_counts=token_counts
+    )
+    beta, label_smoothing, margin, weights = dtensor.unwrapped(
+        beta=beta, label_smoothing=label_smoothing, margin=margin, weights=weights
+    )
     validation.check_logps(policy_logps, ref_logps)
     validation.check_option_names(options, SpecOptions)
     spec = LossSpec.of(loss_type, **options)
@@ -244,13 +250,8 @@ def preference_losses(
 
 def losses_of_pairs(policy_logps: Tensor, pairs: Pairs) -> Tensor:
     """(B,) of (2B,)."""
-    losses: Tensor = PairLosses.apply(at_least_float32(policy_logps), *ops.PAIRS.pack(pairs))
+    losses: Tensor = PairLosses.apply(policy_logps, *ops.PAIRS.pack(pairs))
     return losses
-
-
-def at_least_float32(logps: Tensor) -> Tensor:
-    """bfloat16 would turn -812.3 and -811.9 into a margin of 0, and float16 overflows in a square."""
-    return logps if logps.dtype in (torch.float32, torch.float64) else logps.float()
 
 
 def backend_of(argument: str, tensor: Tensor, name: str) -> dispatch.BackendEntry:
@@ -260,8 +261,16 @@ def backend_of(argument: str, tensor: Tensor, name: str) -> dispatch.BackendEntr
 def rows_of_logits(logits: Tensor, labels: Tensor, options: RowOptions | TokenOptions) -> tuple[Tensor, Rows]:
     """The rank's own logits, and their rows: what every function of logits does first."""
     logits, vocab_shard = dtensor.local_logits(logits, options.get("vocab_shard"))
+    labels, given = _unwrapped(labels, options)
     num_columns = logits.shape[-1] if isinstance(logits, Tensor) else 0
-    return logits, Rows.of("logits", logits, num_columns, labels, {**options, "vocab_shard": vocab_shard})
+    return logits, Rows.of("logits", logits, num_columns, labels, {**given, "vocab_shard": vocab_shard})
+
+
+def _unwrapped(labels: Tensor, options: Mapping[str, object]) -> tuple[Tensor, dict[str, Any]]:
+    given: dict[str, Any] = {**options}
+    names = [name for name in ("cu_seqlens", "token_weights") if given.get(name) is not None]
+    labels, *plain = dtensor.unwrapped(labels=labels, **{name: given[name] for name in names})
+    return labels, {**given, **dict(zip(names, plain, strict=True))}
 
 
 def logps_of_rows(logits: Tensor, rows: Rows, inplace_backward: bool, entry: dispatch.BackendEntry) -> Tensor:
@@ -302,8 +311,9 @@ def rows_of_hidden(
     hidden, weight, bias, vocab_shard = dtensor.local_head(hidden, head.weight, head.bias, options.get("vocab_shard"))
     hidden, head = _autocast(hidden), head._replace(weight=weight, bias=bias)
     validation.check_head(hidden, weight, bias)
+    labels, given = _unwrapped(labels, options)
     like = hidden if vocab_shard is None else vocab_parallel.like_whole_hidden(hidden, vocab_shard)
-    rows = Rows.of("hidden", like, head.num_columns, labels, {**options, "vocab_shard": vocab_shard})
+    rows = Rows.of("hidden", like, head.num_columns, labels, {**given, "vocab_shard": vocab_shard})
     return hidden, head, rows
 
 

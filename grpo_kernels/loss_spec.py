@@ -41,6 +41,10 @@ class Sequences(NamedTuple):
     margin: Tensor | None = None  # (n,)
 
 
+OTHER_NAMES = {"gr-dpo": "sigmoid", "cdpo": "sigmoid", "logistic": "sigmoid", "gr-ipo": "ipo"}
+OTHER_NAMES |= {"slic": "hinge", "rso": "hinge", "rdpo": "robust"}
+
+
 @dataclass(frozen=True)
 class LossSpec:
     """Which losses are added up, and on which scores."""
@@ -59,8 +63,12 @@ class LossSpec:
         weights = (1.0,) * len(names) if loss_weights is None else tuple(map(float, loss_weights))
         spec = cls(names, weights, **options)
         for name in names:
-            if name in REFUSED:
-                raise ValueError(f"loss_type must be one of {', '.join(PAIR_LOSSES)}, got {name!r}: {REFUSED[name]}")
+            lower = name.lower() if isinstance(name, str) else ""
+            if lower in REFUSED:
+                raise ValueError(f"loss_type must be one of {', '.join(PAIR_LOSSES)}, got {name!r}: {REFUSED[lower]}")
+            known = OTHER_NAMES.get(lower, lower)
+            if name not in PAIR_LOSSES and known in PAIR_LOSSES:
+                raise ValueError(f"loss_type must be {known!r} for what is also called {name!r}")
             validation.check_choice("loss_type", name, tuple(PAIR_LOSSES))
         if not names or len(weights) != len(names):
             raise ValueError(

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Unpack
+from typing import TYPE_CHECKING, Any, Self, Unpack
 
 import torch
 from torch import Tensor, nn
 
 from grpo_kernels import validation
 from grpo_kernels.batch import Pairs, Rows
+from grpo_kernels.distributed import dtensor
 from grpo_kernels.functional import (
-    at_least_float32,
     backend_of,
     checked_head,
     linear_logps,
@@ -75,6 +76,7 @@ class _GroupRobustLossBase(nn.Module):
                 f"average_log_prob must be False for loss_type={loss_type!r}, which takes its means itself"
             )
         self.group_weights = group_weights
+        self._said_eval = False
         self.beta = float(beta)
         self.loss_type = loss_type if isinstance(loss_type, str) else list(loss_type)
         self.label_smoothing = float(label_smoothing)
@@ -102,9 +104,11 @@ class _GroupRobustLossBase(nn.Module):
         ``token_counts`` (2B,) for losses of means; ``total_pairs`` and the options ``beta``, ``margin``, ``weights``
         and ``label_smoothing`` as in `GroupRobustLoss.forward`.
         """
+        policy_logps, ref_logps = dtensor.unwrapped(policy_logps=policy_logps, ref_logps=ref_logps)
         validation.check_logps(policy_logps, ref_logps)
-        policy_logps, num_pairs = at_least_float32(policy_logps), policy_logps.shape[0] // 2
+        num_pairs = policy_logps.shape[0] // 2
         pairs = self._pairs(num_pairs, policy_logps.device, group_ids, ref_logps, token_counts, **options)
+        self._check_total_pairs(total_pairs)
         return self._of_pairs(policy_logps, pairs, total_pairs)
 
     def from_pair_losses(
@@ -124,7 +128,9 @@ class _GroupRobustLossBase(nn.Module):
             >>> out.alpha  # the worse group gains: e^1 to e^0
             tensor([0.2689, 0.7311], dtype=torch.float64)
         """
+        pair_losses, group_ids = dtensor.unwrapped(pair_losses=pair_losses, group_ids=group_ids)
         validation.check_pair_losses(pair_losses)
+        self._check_total_pairs(total_pairs)
         num_pairs = pair_losses.shape[0]
         validation.check_weights_device(self.group_weights.log_alpha, pair_losses.device)
         validation.check_group_ids(group_ids, num_pairs, self.group_weights.num_groups, pair_losses.device)
@@ -146,6 +152,12 @@ class _GroupRobustLossBase(nn.Module):
         label_smoothing: float | Tensor | None = None,
     ) -> Pairs:
         """The batch's pairs, checked, with the loss's own beta and smoothing where the call names none."""
+        group_ids, ref_logps, token_counts = dtensor.unwrapped(
+            group_ids=group_ids, ref_logps=ref_logps, token_counts=token_counts
+        )
+        beta, margin, weights, label_smoothing = dtensor.unwrapped(
+            beta=beta, margin=margin, weights=weights, label_smoothing=label_smoothing
+        )
         validation.check_weights_device(self.group_weights.log_alpha, device)
         validation.check_reference(self.reference_free or not self.spec.uses_reference, ref_logps)
         validation.check_group_ids(group_ids, num_pairs, self.group_weights.num_groups, device)
@@ -172,16 +184,23 @@ class _GroupRobustLossBase(nn.Module):
     ) -> GroupRobustOutput:
         """Group losses, alpha and the loss, without logps. ``of_batch``: detached numbers that tell it from others."""
         groups = self.group_weights
-        groups.check_total_pairs(total_pairs)
         # An id outside [0, K) indexes nothing: its pair's loss becomes NaN, and with it the batch's.
         known = (group_ids >= 0) & (group_ids < groups.num_groups)
         ids = torch.where(known, group_ids, 0)
         losses = losses.masked_fill(~known, torch.nan)
         sums = segment_sum(losses, ids, groups.num_groups)
         counts = segment_sum(torch.ones_like(losses, requires_grad=False), ids, groups.num_groups).long()
-        sums, counts = groups.take_in(sums, counts, of_batch, self._context_size(), total_pairs)
+        sums, counts = groups.take_in(
+            sums,
+            counts,
+            of_batch,
+            training=self.training,
+            context_size=self._context_size(),
+            total_pairs=total_pairs,
+        )
         group_losses = groups.group_losses(sums, counts, total_pairs)
         loss = (groups.loss_weights() * group_losses).sum().to(losses.dtype)
+        self._watch_eval(loss)
         nothing = losses.new_empty(0)
         return GroupRobustOutput(
             loss=loss,
@@ -217,6 +236,38 @@ class _GroupRobustLossBase(nn.Module):
             "vocab_shard": self.vocab_shard,
             "context_group": self.context_group,
         }
+
+    def train(self, mode: bool = True) -> Self:
+        """The mode of this loss alone: the weights, which other losses may share, stay in theirs."""
+        if not isinstance(mode, bool):
+            raise ValueError(f"mode must be a bool, got {type(mode).__name__}")
+        self.training = mode
+        for child in self.children():
+            if child is not self.group_weights:
+                child.train(mode)
+        return self
+
+    def _watch_eval(self, loss: Tensor) -> None:
+        """Who trains with a loss in eval mode has most likely forgotten ``train()`` after an evaluation."""
+        if not (self.training or self._said_eval or torch.compiler.is_compiling()) and loss.requires_grad:
+            loss.register_hook(self._warn_of_eval)
+
+    def _warn_of_eval(self, _: Tensor) -> None:
+        if not self._said_eval:
+            self._said_eval = True
+            warnings.warn(
+                "the backward of a loss in eval mode: its forwards do not move alpha, nor sum over ranks. Call "
+                "loss_fn.train() after an evaluation; to train with a fixed alpha on purpose, keep the loss in "
+                "training mode and put its group_weights into eval mode. This warns once",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+
+    def _check_total_pairs(self, total_pairs: Any, sharing: Sequence[ProcessGroup] = ()) -> None:
+        """``sharing``: groups of ranks with the same pairs, besides those of this loss's options."""
+        of_shard = None if self.vocab_shard is None else self.vocab_shard.process_group
+        groups = [group for group in (of_shard, self.context_group, *sharing) if group is not None]
+        self.group_weights.check_total_pairs(total_pairs, groups)
 
     def _context_size(self) -> int:
         return 1 if self.context_group is None else torch.distributed.get_world_size(self.context_group)
@@ -283,13 +334,15 @@ class GroupRobustLoss(_GroupRobustLossBase):
             token_weights: labels' shape, as in `sequence_logps`.
             total_pairs: pairs of the whole optimiser step, over all its forwards and ranks, for ``update="lagged"``.
                 The loss is then this batch's share of the step, to be added up over forwards (the engine must not
-                divide by their number), and statistics of other ranks arrive while the backward runs.
+                divide by their number) and ranks, and nothing is communicated before `GroupWeights.step`.
         """
         validation.check_option_names(options, PairOptions)
         given: dict[str, Any] = {**options}
         total_pairs, token_weights = given.pop("total_pairs", None), given.pop("token_weights", None)
-        validation.check_pair_batch(_num_sequences(logits, cu_seqlens))
+        sharing = dtensor.sharing_groups(logits)
+        validation.check_pair_batch("logits", dtensor.own_rows(logits), cu_seqlens)
         logits, rows = rows_of_logits(logits, labels, self._row_options(cu_seqlens, token_weights))
+        self._check_total_pairs(total_pairs, sharing)
         entry = backend_of("logits", logits, self.backend)
         pairs = self._pairs_of(rows, group_ids, ref_logps, given)
         whole_rows = rows.vocab_shard is None and rows.context_group is None and total_pairs is None
@@ -303,13 +356,16 @@ class GroupRobustLoss(_GroupRobustLossBase):
         if self.inplace_backward:
             validation.check_no_overlap("logits", logits)
         groups = self.group_weights
-        update = groups.update_of_forward()
+        update = groups.update_of_forward(self.training)
         groups.check_ranks(update)
         of_operator = (*ops.ROWS.pack(rows), *ops.PAIRS.pack(pairs), *ops.GROUPS.pack(groups.fused_state(update)))
         found = FusedGroupRobustLoss.apply(self.inplace_backward, backend, logits, *of_operator)
         loss, of_sequences, of_pairs, of_groups, counts = found
         logps = of_sequences[tables.LOGPS]
+        if groups.num_ranks > 1:
+            groups.count_shared(update)
         groups.after_forward(update, logps.detach())
+        self._watch_eval(loss)
         output = GroupRobustOutput(
             loss=loss,
             pair_losses=of_pairs[tables.PAIR_LOSSES],
@@ -383,17 +439,20 @@ class LinearGroupRobustLoss(_GroupRobustLossBase):
         validation.check_option_names(options, PairOptions)
         given: dict[str, Any] = {**options}
         total_pairs, token_weights = given.pop("total_pairs", None), given.pop("token_weights", None)
-        validation.check_pair_batch(_num_sequences(hidden, cu_seqlens))
+        sharing = dtensor.sharing_groups(hidden, weight)
+        validation.check_pair_batch("hidden", dtensor.own_rows(hidden), cu_seqlens)
         row_options = self._row_options(cu_seqlens, token_weights)
         if ref_hidden is not None or ref_weight is not None or ref_bias is not None:
             validation.check_online_reference(ref_hidden, ref_weight, ref_logps, self.reference_free)
             assert ref_hidden is not None
             assert ref_weight is not None
             ref_logps = self._ref_logps(ref_hidden, ref_weight, ref_bias, labels, row_options)
+        self._check_total_pairs(total_pairs, sharing)
         head = checked_head(weight, bias, self.logit_scale, self.softcap)
         hidden, head, rows = rows_of_hidden(hidden, head, labels, row_options)
         pairs = self._pairs_of(rows, group_ids, ref_logps, given)
-        forecast = forecast_of(self.group_weights, group_ids)
+        assert pairs.group_ids is not None
+        forecast = forecast_of(self.group_weights, pairs.group_ids, self.training)
         entry = backend_of("hidden", hidden, self.backend)
         logps = linear_logps(hidden, head, rows, self.budget, entry, pairs, forecast)
         return self._of_pairs(logps, pairs, total_pairs)
@@ -413,8 +472,3 @@ class LinearGroupRobustLoss(_GroupRobustLossBase):
             backend=self.backend,
             **row_options,
         )
-
-
-def _num_sequences(rows: Tensor, cu_seqlens: Tensor | None) -> int:
-    validation.check_tensor("logits or hidden", rows)
-    return rows.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1

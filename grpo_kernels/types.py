@@ -24,8 +24,9 @@ IGNORE_INDEX = -100
 class VocabShard:
     """The rank's columns ``start:stop`` of a vocabulary that is sharded over the ranks of ``process_group``.
 
-    Every column belongs to exactly one rank; shards may differ in size. ``sequence_parallel``: hidden states, too, are
-    sharded, in equal parts of the positions in the order of the ranks (the linear path gathers them).
+    Every column belongs to exactly one rank; shards may differ in size, and be empty.
+    ``sequence_parallel``: hidden states, too, are sharded, in equal parts of the positions in the order of the ranks
+    (the linear path gathers them).
     """
 
     start: int
@@ -34,8 +35,8 @@ class VocabShard:
     sequence_parallel: bool = False
 
     def __post_init__(self) -> None:
-        if not 0 <= self.start < self.stop:
-            raise ValueError(f"VocabShard needs 0 <= start < stop, got start={self.start}, stop={self.stop}")
+        if not 0 <= self.start <= self.stop:
+            raise ValueError(f"VocabShard needs 0 <= start <= stop, got start={self.start}, stop={self.stop}")
 
 
 class TokenOptions(TypedDict, total=False):

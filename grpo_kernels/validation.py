@@ -15,6 +15,8 @@ from torch import Tensor
 LOGITS_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 INDEX_DTYPES = (torch.int64, torch.int32)
 
+_CUMULATED = "Of lengths (2B,) torch.nn.functional.pad(lengths.cumsum(0), (1, 0)) makes it"
+
 
 def debug_checks_on() -> bool:
     """True when GRPO_KERNELS_DEBUG=1: labels and ids are read back and checked (a host synchronisation)."""
@@ -60,7 +62,8 @@ def check_number(
 
 def check_tensor(name: str, value: Any) -> None:
     if not isinstance(value, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+        mend = f"; torch.as_tensor({name}) makes one" if isinstance(value, (list, tuple)) else ""
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}{mend}")
 
 
 def check_index_tensor(name: str, value: Any) -> None:
@@ -107,7 +110,8 @@ def check_rows_and_labels(
     if rows.dim() != want:
         layout = "(S, T, .) without cu_seqlens" if cu_seqlens is None else "(N, .) with cu_seqlens"
         raise ValueError(f"{rows_name} must have {want} dimensions, {layout}, got shape {tuple(rows.shape)}")
-    if rows.shape[-1] == 0 or vocab_size == 0:
+    is_empty_shard = rows_name == "logits" and vocab_size is None
+    if (rows.shape[-1] == 0 and not is_empty_shard) or vocab_size == 0:
         raise ValueError(f"{rows_name} must not have an empty last dimension, got shape {tuple(rows.shape)}")
     check_one_label_a_row(rows_name, rows, labels)
     check_same_device("labels", labels, rows_name, rows)
@@ -138,8 +142,9 @@ def _check_cu_seqlens(cu_seqlens: Tensor, rows_name: str, rows: Tensor) -> None:
     if readable or debug_checks_on():
         ends = cu_seqlens.tolist()
         if ends[0] != 0 or ends[-1] != rows.shape[0] or any(b < a for a, b in pairwise(ends)):
+            mend = f". {_CUMULATED}" if sum(ends) == rows.shape[0] else ""
             raise ValueError(
-                f"cu_seqlens must rise from 0 to {rows.shape[0]}, the number of rows of {rows_name}, got {ends}"
+                f"cu_seqlens must rise from 0 to {rows.shape[0]}, the number of rows of {rows_name}, got {ends}{mend}"
             )
 
 
@@ -242,8 +247,18 @@ def check_pair_losses(pair_losses: Any) -> None:
         raise ValueError(f"pair_losses must have shape (B,), got {tuple(pair_losses.shape)}")
 
 
+def _check_logps_dtype(name: str, value: Any) -> None:
+    check_float_tensor(name, value)
+    if value.dtype not in (torch.float32, torch.float64):
+        raise TypeError(
+            f"{name} must be float32 or float64, got {value.dtype}, in which -812.3 and -811.9 are the same number. "
+            "Keep log-probabilities out of what casts (under FSDP2, MixedPrecisionPolicy(cast_forward_inputs=True) "
+            "casts the root's float arguments)"
+        )
+
+
 def check_logps(policy_logps: Tensor, ref_logps: Tensor | None) -> None:
-    check_float_tensor("policy_logps", policy_logps)
+    _check_logps_dtype("policy_logps", policy_logps)
     if policy_logps.dim() != 1 or policy_logps.shape[0] % 2:
         raise ValueError(
             "policy_logps must have shape (2B,), the B chosen sequences first and then the B rejected, "
@@ -266,7 +281,7 @@ def check_token_counts(token_counts: Any, num_sequences: int, device: torch.devi
 def check_ref_logps(ref_logps: Tensor | None, num_sequences: int, device: torch.device) -> None:
     if ref_logps is None:
         return
-    check_float_tensor("ref_logps", ref_logps)
+    _check_logps_dtype("ref_logps", ref_logps)
     if ref_logps.shape != (num_sequences,):
         raise ValueError(
             f"ref_logps must have shape ({num_sequences},), one for each sequence, got {tuple(ref_logps.shape)}"
@@ -298,16 +313,34 @@ def check_group_ids(group_ids: Tensor, num_pairs: int, num_groups: int, device: 
             raise ValueError(f"group_ids must be in [0, {num_groups}), got {group_ids[bad][0].item()}")
 
 
-def check_pair_batch(num_sequences: int) -> None:
-    if num_sequences % 2:
+def check_pair_batch(rows_name: str, rows: Any, cu_seqlens: Any) -> None:
+    """An even number of sequences."""
+    check_tensor(rows_name, rows)
+    if cu_seqlens is None:
+        if rows.shape[0] % 2:
+            raise ValueError(
+                f"a batch must hold an even number of sequences, chosen first and then rejected, got {rows.shape[0]}"
+            )
+        return
+    check_index_tensor("cu_seqlens", cu_seqlens)
+    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] % 2 == 0:
         raise ValueError(
-            f"a batch must hold an even number of sequences, chosen first and then rejected, got {num_sequences}"
+            "cu_seqlens must have shape (2B + 1,), 0 and the ends of the B chosen and the B rejected sequences, got "
+            f"{tuple(cu_seqlens.shape)}. {_CUMULATED}"
         )
 
 
 def group_sizes_tensor(group_sizes: Any, num_groups: int | None) -> Tensor:
     """(K,) int64 from a list or tensor of positive whole numbers."""
-    sizes = torch.as_tensor(group_sizes)
+    if isinstance(group_sizes, Mapping):
+        raise TypeError(
+            f"group_sizes must be a list or tensor, the size of group 0, 1, ..., got a {type(group_sizes).__name__}. "
+            "Number its keys, use those numbers as group_ids, and pass list(group_sizes.values())"
+        )
+    try:
+        sizes = torch.as_tensor(group_sizes)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"group_sizes must be a list or tensor of whole numbers, got {group_sizes!r}") from error
     if sizes.dim() != 1 or sizes.shape[0] == 0:
         raise ValueError(f"group_sizes must have shape (K,) with K >= 1, got {tuple(sizes.shape)}")
     if sizes.is_floating_point() or sizes.dtype == torch.bool:

@@ -228,10 +228,11 @@ def test_state_with_loss_ema() -> None:
         assert torch.equal(other.state_dict()[name], value), name
     assert "ema_losses" not in new().state_dict(), "the default's checkpoints stay as they were"
     old = new().state_dict()
-    other.load_state_dict(old)
+    with pytest.warns(RuntimeWarning, match="loss_ema=0, here 0.9"):
+        other.load_state_dict(old)
     assert torch.equal(other.ema_weights, torch.zeros(3, dtype=torch.float64))
     assert set(old) == set(new().state_dict())
-    with pytest.raises(RuntimeError, match="ema_losses"):
+    with pytest.warns(RuntimeWarning, match="loss_ema=0.9"), pytest.raises(RuntimeError, match="ema_losses"):
         new().load_state_dict(averaged.state_dict())
     assert averaged.bfloat16().ema_losses.dtype == torch.float64
 

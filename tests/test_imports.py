@@ -32,7 +32,7 @@ ORDER = [
 ]
 # Inside a wing, too: its modules in the order of the way up.
 WINGS = {
-    "groups": ("rules", "weights", "sampling", "forecast"),
+    "groups": ("rules", "statistics", "watch", "state", "weights", "sampling", "forecast"),
     "paper": ("bandit", "batched", "algorithm", "convergence", "claims", "report", "command"),
     "bench": ("cases", "machine", "plots", "suite", "logits", "linear", "command"),
     "training": ("options", "embedded_task", "start", "report", "command"),

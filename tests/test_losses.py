@@ -298,7 +298,7 @@ def test_lagged_checkpointing() -> None:
     batches = (logits, (logits.detach() * 2).requires_grad_())
 
     def call(module, x: torch.Tensor) -> torch.Tensor:
-        return module(x, labels, ids(), ref_logps=ref).loss
+        return module(x, labels, ids(), ref_logps=ref, total_pairs=12).loss
 
     expected = torch.autograd.grad(sum(call(plain, x) for x in batches), batches)
     total = sum(checkpoint(lambda x: call(loss_fn, x), x, use_reentrant=False) for x in batches)
@@ -314,13 +314,20 @@ def test_lagged_checkpointing() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_log_probabilities_are_widened(dtype: torch.dtype) -> None:
-    logps = torch.tensor([-600.0, 600.0, -600.0, 600.0], dtype=dtype)
-    for loss_type in ("sigmoid", "ipo"):
-        losses = gk.preference_losses(logps, loss_type=loss_type)
-        assert torch.equal(losses, gk.preference_losses(logps.float(), loss_type=loss_type))
-    out = make(reference_free=True).from_logps(logps, torch.tensor([0, 1]))
-    assert out.chosen_logps.dtype == out.pair_losses.dtype == torch.float32
+def test_log_probabilities_in_half_precision_are_refused(dtype: torch.dtype) -> None:
+    """At -800 bfloat16 has steps of 4: the margin would be noise."""
+    logps, rounded, ids = torch.full((4,), -600.0), torch.full((4,), -600.0, dtype=dtype), torch.tensor([0, 1])
+    for call in (gk.preference_losses, lambda *given: make().from_logps(given[0], ids, given[1])):
+        for name, given in {"policy_logps": (rounded, logps), "ref_logps": (logps, rounded)}.items():
+            with pytest.raises(
+                TypeError, match=f"{name} must be float32 or float64, got {dtype}.*MixedPrecisionPolicy"
+            ):
+                call(*given)
+    logits, labels = torch.randn(4, 3, 7), torch.ones(4, 3, dtype=torch.int64)
+    with pytest.raises(TypeError, match="ref_logps must be float32 or float64"):
+        make()(logits, labels, ids, rounded)
+    with pytest.raises(TypeError, match="ref_logps must be float32 or float64"):
+        gk.LinearGroupRobustLoss(make().group_weights)(logits, torch.randn(5, 7), labels, ids, rounded)
 
 
 def test_inplace_backward_refuses_expanded_logits(backend: str) -> None:
@@ -361,7 +368,7 @@ def test_lagged_accumulation_equals_one_batch(backend: str) -> None:
     loss_fn, whole = make(backend, update="lagged"), make(backend)
     for pairs in ([0, 1], [2, 3]):
         rows = torch.tensor(pairs + [p + 4 for p in pairs])
-        out = loss_fn(logits[rows], labels[rows], ids()[pairs], ref_logps=ref[rows])
+        out = loss_fn(logits[rows], labels[rows], ids()[pairs], ref_logps=ref[rows], total_pairs=4)
         assert out.alpha.tolist() == pytest.approx([1 / 3] * 3)
     loss_fn.group_weights.step()
     expected = whole(logits, labels, ids(), ref_logps=ref).alpha

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from grpo_kernels import validation
 
 
 def data_parallel_size(process_group: dist.ProcessGroup | None) -> int:
@@ -44,46 +45,58 @@ def is_pipeline_inference() -> bool:
     return False
 
 
-@dataclass
-class PendingSum:
-    """An all-reduce that is under way."""
-
-    packed: Tensor
-    work: dist.Work
-    count_dtype: torch.dtype
-
-    def wait(self) -> tuple[Tensor, Tensor]:
-        self.work.wait()
-        return _unpacked(self.packed, self.count_dtype)
-
-
-def begin_sum_over_ranks(
-    group_loss_sums: Tensor, group_counts: Tensor, process_group: dist.ProcessGroup | None
-) -> PendingSum:
-    packed = _packed(group_loss_sums, group_counts)
-    work = dist.all_reduce(packed, group=process_group, async_op=True)
-    return PendingSum(packed, work, group_counts.dtype)
+def shares_ranks(data_parallel: dist.ProcessGroup | None, other: dist.ProcessGroup) -> bool:
+    """True where more than one rank of ``other`` is a data-parallel rank as well."""
+    ranks = dist.get_process_group_ranks(dist.group.WORLD if data_parallel is None else data_parallel)
+    return len(set(ranks) & set(dist.get_process_group_ranks(other))) > 1
 
 
 def sum_over_ranks(
-    group_loss_sums: Tensor, group_counts: Tensor, process_group: dist.ProcessGroup | None
+    group_loss_sums: Tensor, group_counts: Tensor, process_group: dist.ProcessGroup | None, clock: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """(K,) sums and counts of all ranks, the same on each to the bit, by one all-reduce of 2K float64.
+    """(K,) sums and counts of all ranks, the same on each to the bit, by one all-reduce of 2K + 2 float64.
 
     A NaN or inf of one rank's sums is in every rank's result, so that all of them skip the update alike.
+
+    Args:
+        clock: (3,) int64, (updates over all ranks so far, forwards since the last step, 1 in `GroupWeights.step`), the
+            same on ranks that are at the same step.
+
+    Raises:
+        RuntimeError: ranks are at different steps. (On a GPU, and compiled, the sums are NaN instead: telling takes a
+            host synchronisation, which GRPO_KERNELS_DEBUG=1 allows.)
     """
-    packed = _packed(group_loss_sums, group_counts)
-    dist.all_reduce(packed, group=process_group)  # torch.compile cannot trace begin_sum_over_ranks
-    return _unpacked(packed, group_counts.dtype)
+    updates, forwards, in_step = clock.unbind()
+    # Below 2**16, so that the sum of squares is exact: n sum t^2 = (sum t)^2 where all are alike, and only there.
+    time = (updates % 256) * 256 + torch.where(in_step > 0, 255, forwards % 255)
+    times = torch.stack([time, time * time]).double()
+    packed = torch.cat([group_loss_sums.double(), group_counts.double(), times])
+    dist.all_reduce(packed, group=process_group)
+    sums, counts = packed[:-2].chunk(2)
+    time_sum, square_sum = packed[-2:].long().unbind()
+    alike = dist.get_world_size(process_group) * square_sum == time_sum * time_sum
+    readable = packed.device.type == "cpu" and not torch.compiler.is_compiling()
+    if (readable or validation.debug_checks_on()) and not bool(alike):
+        raise RuntimeError(_at_different_steps(clock, process_group))
+    return torch.where(alike, sums, torch.nan), counts.to(group_counts.dtype)
 
 
-def _packed(group_loss_sums: Tensor, group_counts: Tensor) -> Tensor:
-    return torch.cat([group_loss_sums.double(), group_counts.double()])
-
-
-def _unpacked(packed: Tensor, count_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    sums, counts = packed.chunk(2)
-    return sums, counts.to(count_dtype)
+def _at_different_steps(clock: Tensor, process_group: dist.ProcessGroup | None) -> str:
+    """All ranks come here together: each has the same sums of clocks."""
+    clocks = [torch.empty_like(clock) for _ in range(dist.get_world_size(process_group))]
+    dist.all_gather(clocks, clock, group=process_group)
+    first: dict[tuple[int, ...], int] = {}
+    for rank, other in enumerate(clocks):
+        first.setdefault(tuple(other.tolist()), rank)
+    places = [
+        f"rank {rank} after {updates} updates, in {'step()' if in_step else f'forward {forwards + 1} since the last'}"
+        for (updates, forwards, in_step), rank in first.items()
+    ]
+    return (
+        f"all ranks must be at the same step of alpha, got {'; '.join(places)}. Each rank must call step() and "
+        "training forwards equally often (forwards with total_pairs communicate nothing, and may be of any number), "
+        "update alpha with sum_over_ranks, and load the same checkpoint"
+    )
 
 
 class SharedGroup:

@@ -41,8 +41,8 @@ def dweight_bytes(head: Head, vocab_ranks: int = 1) -> int:
 
 
 def group_statistics_bytes(num_groups: int) -> int:
-    """One all-reduce a forward over the data-parallel ranks: (sums, counts) in float64."""
-    return 2 * 8 * num_groups
+    """One all-reduce a forward (or a step, with total_pairs) over the data-parallel ranks: sums, counts and a clock."""
+    return 8 * (2 * num_groups + 2)
 
 
 def vocabulary_gather_bytes(tokens: int) -> int:

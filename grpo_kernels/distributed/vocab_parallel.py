@@ -25,6 +25,7 @@ from grpo_kernels.kernels import linear
 from grpo_kernels.kernels.contract import KernelBackend
 from grpo_kernels.kernels.linear_plan import LinearPlan
 from grpo_kernels.kernels.once import differentiable_once
+from grpo_kernels.kernels.rows import accumulation_dtype
 from grpo_kernels.types import VocabShard
 
 OWN, ALL = slice(0, 2), slice(2, 4)  # the two parts of a shard's lse and those of the whole row's, side by side
@@ -38,6 +39,10 @@ class ShardKernels:
 
     def token_logps_forward(self, logits: Tensor, labels: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
         """The label's logit, NaN where another rank has it, and the shard's lse (..., 2)."""
+        if logits.shape[-1] == 0:  # the last rank's, where the vocabulary is not a multiple of their number
+            lse = logits.new_zeros((*labels.shape, 2), dtype=accumulation_dtype(logits))
+            lse[..., 0] = -torch.inf
+            return torch.full_like(lse[..., 0], torch.nan), lse
         owned, local = self._local(labels, ignore_index)
         _, lse = self.kernels.token_logps_forward(logits, local, ignore_index)
         label_logits = logits.gather(-1, local.clamp(min=0).long().unsqueeze(-1)).squeeze(-1).to(lse.dtype)
@@ -47,6 +52,8 @@ class ShardKernels:
         self, dtoken_logps: Tensor, logits: Tensor, labels: Tensor, lse: Tensor, ignore_index: int, out: Tensor
     ) -> None:
         """``lse`` (..., 4): OWN and ALL."""
+        if logits.shape[-1] == 0:
+            return
         owned, local = self._local(labels, ignore_index)
         counted = labels != ignore_index
         column = local.masked_fill(~counted, 0).long().unsqueeze(-1)

@@ -10,7 +10,7 @@ from grpo_kernels.kernels.linear_pairs import Forecast
 from grpo_kernels.segments import segment_sum
 
 
-def forecast_of(of_groups: GroupWeights, group_ids: Tensor) -> Forecast | None:
+def forecast_of(of_groups: GroupWeights, group_ids: Tensor, training: bool = True) -> Forecast | None:
     """None where a weight depends on more than its group's pairs of this rank's batch: other ranks, a floor, chi < 1 or
     another rule while alpha moves.
 
@@ -18,7 +18,7 @@ def forecast_of(of_groups: GroupWeights, group_ids: Tensor) -> Forecast | None:
     alpha_g exp(eta (L_g + C / sqrt(N_g))) of before.
     """
     num_groups = of_groups.num_groups
-    moves = of_groups.training and torch.is_grad_enabled()
+    moves = training and of_groups.training and torch.is_grad_enabled()
     mean_of_group = of_groups.estimator == "group_mean"
     other_ranks = moves and of_groups.num_ranks > 1 and num_groups > 1
     may_move = moves and of_groups.update_mode == "inline" and num_groups > 1 and of_groups.chi > 0
@@ -35,7 +35,7 @@ def forecast_of(of_groups: GroupWeights, group_ids: Tensor) -> Forecast | None:
         per_pair = 1 / of_groups.group_sizes.double()
         to_loss = per_pair * of_groups.group_sizes.double().sum() / max(1, ids.shape[0])
     accumulators = 2 if may_move else 1
-    if not may_move or of_groups.update_of_forward() != "inline":  # a forward run again has the weights already
+    if not may_move or of_groups.update_of_forward(training) != "inline":  # a forward run again has the weights already
         log_weights = of_groups.loss_weights().log() + per_pair.log()
         return Forecast(log_weights, torch.zeros_like(log_weights), accumulators)
     offsets = of_groups.log_alpha + per_pair.log()

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,7 +11,9 @@ from torch import Tensor, nn
 
 from grpo_kernels import validation
 from grpo_kernels.distributed import group_sync
+from grpo_kernels.groups import state, statistics
 from grpo_kernels.groups.rules import ALPHA_RULES, moved_log_alpha
+from grpo_kernels.groups.watch import Watch
 from grpo_kernels.kernels import ops  # noqa: F401  (defines torch.ops.grpo_kernels)
 from grpo_kernels.kernels.group_robust import GroupState
 from grpo_kernels.types import ESTIMATORS, PRIORS, UPDATE_MODES
@@ -67,6 +68,8 @@ class GroupWeights(nn.Module):
 
     Attributes:
         skipped_updates: 0-d int64, updates left out because a group's loss was not finite.
+        shared_updates: 0-d int64, updates made over several ranks; ranks whose numbers differ get an error.
+        settings: the options above as numbers, so that loading a checkpoint can say which ones differ.
 
     Raises:
         ValueError, TypeError: an argument is out of its range; the message names it.
@@ -83,6 +86,8 @@ class GroupWeights(nn.Module):
     pending_sums: Tensor
     pending_counts: Tensor
     skipped_updates: Tensor
+    shared_updates: Tensor
+    settings: Tensor
     ema_losses: Tensor
     ema_weights: Tensor
 
@@ -133,14 +138,16 @@ class GroupWeights(nn.Module):
         self.chi = float(chi)
         self.gradient_reduction = gradient_reduction
         self._ranks = group_sync.SharedGroup(process_group)
-        self._in_flight: list[group_sync.PendingSum] = []
-        self._warned = False
-        self._weighed: list[Tensor] = []
+        self._own: statistics.OwnStatistics | None = None
+        self._watch = Watch()
+        self._weighed = statistics.WeighedBatches()
         self.register_buffer("log_alpha", torch.empty(self.num_groups, dtype=torch.float64))
         self.register_buffer("group_sizes", sizes)
         self.register_buffer("pending_sums", torch.empty(self.num_groups, dtype=torch.float64))
         self.register_buffer("pending_counts", torch.empty(self.num_groups, dtype=torch.int64))
         self.register_buffer("skipped_updates", torch.empty((), dtype=torch.int64))
+        self.register_buffer("shared_updates", torch.empty((), dtype=torch.int64))
+        self.register_buffer("settings", torch.empty_like(state.settings_of(self)))
         for name in ("ema_losses", "ema_weights"):
             buffer = torch.empty(self.num_groups, dtype=torch.float64) if loss_ema else None
             self.register_buffer(name, buffer)
@@ -154,6 +161,8 @@ class GroupWeights(nn.Module):
             self.pending_sums.zero_()
             self.pending_counts.zero_()
             self.skipped_updates.zero_()
+            self.shared_updates.zero_()
+            self.settings.copy_(state.settings_of(self))
             if self.loss_ema:
                 self.ema_losses.zero_()
                 self.ema_weights.zero_()
@@ -184,13 +193,30 @@ class GroupWeights(nn.Module):
         sizes = self.group_sizes.double()  # whole numbers divide to float32
         return sizes.sum() / sizes * sums / (group_counts.sum().clamp(min=1) if total_pairs is None else total_pairs)
 
-    @torch.no_grad()
-    def update(self, group_loss_sums: Tensor, group_counts: Tensor) -> None:
+    def update(self, group_loss_sums: Tensor, group_counts: Tensor, *, sum_over_ranks: bool | None = None) -> None:
         """Move alpha once by the pair-loss sums (K,) and pair counts (K,) of a batch.
 
         If any sum is not finite, alpha stays, ``skipped_updates`` grows by one and the first time warns.
+
+        Args:
+            sum_over_ranks: over several ranks, True: these are the rank's own pairs, and all ranks call this together;
+                False: they are all ranks' already, the same on each. None means False, and warns once.
         """
-        self._check_statistics(group_loss_sums, group_counts)
+        statistics.check(group_loss_sums, group_counts, self.num_groups)
+        if self.num_ranks > 1:
+            if sum_over_ranks is None:
+                self._watch.once(
+                    "local",
+                    f"update() moves the alpha of this rank alone, by what it was given: over {self.num_ranks} ranks "
+                    "pass sum_over_ranks=True for the rank's own pairs, or False for sums over all ranks",
+                )
+            elif sum_over_ranks:
+                group_loss_sums, group_counts = self._sum_over_ranks(group_loss_sums, group_counts)
+            self.shared_updates.add_(1)
+        self._update(group_loss_sums, group_counts)
+
+    @torch.no_grad()
+    def _update(self, group_loss_sums: Tensor, group_counts: Tensor) -> None:
         present = group_counts > 0
         losses = self.group_losses(group_loss_sums, group_counts)
         if self.estimator == "importance":  # an absent group's loss of 0 is unbiased as it stands
@@ -208,22 +234,45 @@ class GroupWeights(nn.Module):
         self.log_alpha.copy_(torch.where(usable, moved, log_alpha))
         self._weighed.clear()
         self.skipped_updates.add_((~finite).long())
-        if not torch.compiler.is_compiling() and self.log_alpha.device.type == "cpu":
-            self._warn_if_skipped()
+        self._watch.if_skipped(self.skipped_updates)
 
-    def accumulate(self, group_loss_sums: Tensor, group_counts: Tensor) -> None:
-        """Add a batch's statistics to those that the next `step` will use (what forwards do in lagged mode)."""
-        self._check_statistics(group_loss_sums, group_counts)
+    def accumulate(self, group_loss_sums: Tensor, group_counts: Tensor, *, sum_over_ranks: bool = True) -> None:
+        """Add a batch's statistics to those that the next `step` will use, as forwards do in lagged mode.
+
+        ``sum_over_ranks``: True: they are the rank's own pairs, which `step` will add up over the ranks. False: they
+        are all ranks' already, the same on each.
+        """
+        statistics.check(group_loss_sums, group_counts, self.num_groups)
         with torch.no_grad():
-            self.pending_sums.add_(group_loss_sums)
-            self.pending_counts.add_(group_counts)
+            sums, counts = self.pending_sums, self.pending_counts
+            if sum_over_ranks and self.num_ranks > 1:
+                sums, counts, _ = self._own_statistics()
+            sums.add_(group_loss_sums)
+            counts.add_(group_counts)
 
+    @torch.no_grad()
     def step(self) -> None:
-        """In lagged mode: one update from all forwards since the last step. Call it beside ``optimizer.step()``."""
+        """In lagged mode: one update from all forwards since the last step. Call it beside ``optimizer.step()``.
+
+        Over several ranks it is a collective, the only one of forwards with ``total_pairs``: all ranks must call it,
+        those without a pair, too.
+
+        Warns once if forwards gave a ``total_pairs`` other than the pairs that came, if several gave none, or if no
+        pair was ever counted.
+
+        Raises:
+            RuntimeError: with update="inline"; or ranks that are not at the same step.
+        """
         if self.update_mode != "lagged":
             raise RuntimeError("step() belongs to update='lagged'; with update='inline' each forward moves alpha")
-        self._receive()
-        self.update(self.pending_sums, self.pending_counts)
+        if self.num_ranks > 1:
+            own = self._own_statistics()
+            self.accumulate(*self._sum_over_ranks(own.sums, own.counts, in_step=True), sum_over_ranks=False)
+            for tensor in own:
+                tensor.zero_()
+            self.shared_updates.add_(1)
+        self._watch.at_step(self.pending_counts, self.estimator, self.num_ranks)
+        self._update(self.pending_sums, self.pending_counts)
         self.pending_sums.zero_()
         self.pending_counts.zero_()
 
@@ -246,6 +295,8 @@ class GroupWeights(nn.Module):
         group_loss_sums: Tensor,
         group_counts: Tensor,
         logps: Tensor,
+        *,
+        training: bool = True,
         context_size: int = 1,
         total_pairs: Any = None,
     ) -> tuple[Tensor, Tensor]:
@@ -254,11 +305,11 @@ class GroupWeights(nn.Module):
 
         Returns:
             sums (differentiable) and counts that the loss is made of. Their value is the whole batch's, the same on
-            every rank; the gradient goes to the rank's own pairs, scaled for the engine's reduction over
-            ``context_size`` times as many ranks. With ``total_pairs`` they are the rank's own. ``logps`` (2B,) tell
-            one batch from another.
+            every rank; with ``total_pairs`` it is the rank's own. The gradient goes to the rank's own pairs, scaled for
+            the engine's reduction over ``context_size`` times as many ranks. ``logps`` (2B,) tell one batch from
+            another; ``training`` is the loss's own mode.
         """
-        update = self.update_of_forward()
+        update = self.update_of_forward(training)
         self.check_ranks(update)
         own_sums, several_ranks = group_loss_sums.detach(), update != "none" and self.num_ranks > 1
         if update != "none":
@@ -266,18 +317,15 @@ class GroupWeights(nn.Module):
         scale = 1.0 if update == "none" else self.gradient_scale
         if self.gradient_reduction == "mean" and update != "none":
             scale *= context_size
-        if total_pairs is not None:
-            if several_ranks:
-                self._accumulate_later(own_sums, group_counts)
-            else:
-                self._apply_update(update, own_sums, group_counts)
-            self.after_forward(update, logps)
-            return scale * group_loss_sums, group_counts
         batch_sums, batch_counts = own_sums, group_counts
-        if several_ranks:
-            batch_sums, batch_counts = group_sync.sum_over_ranks(own_sums, group_counts, self.process_group)
-        self._apply_update(update, batch_sums, batch_counts)
-        self.after_forward(update, logps)
+        if several_ranks and total_pairs is None:
+            batch_sums, batch_counts = self._sum_over_ranks(own_sums, group_counts)
+            self.count_shared(update)
+        if update == "lagged":
+            self.accumulate(batch_sums, batch_counts, sum_over_ranks=total_pairs is not None)
+        elif update == "inline":
+            self._update(batch_sums, batch_counts)
+        self.after_forward(update, logps, total_pairs)
         if several_ranks or scale != 1:
             group_loss_sums = batch_sums + scale * (group_loss_sums - own_sums)
         return group_loss_sums, batch_counts
@@ -299,9 +347,11 @@ class GroupWeights(nn.Module):
             "none" if update == "recomputed" else update,
             group_sync.name_of(self.process_group) if several_ranks else "",
             self.gradient_scale if several_ranks else 1.0,
+            self.clock() if several_ranks else None,
         )
 
-    def check_total_pairs(self, total_pairs: Any) -> None:
+    def check_total_pairs(self, total_pairs: Any, sharing: Sequence[ProcessGroup] = ()) -> None:
+        """``sharing``: groups of ranks that have the same pairs (their vocabulary or positions are sharded)."""
         if total_pairs is None:
             return
         if self.update_mode != "lagged" or self.estimator != "importance":
@@ -311,6 +361,13 @@ class GroupWeights(nn.Module):
             )
         if not isinstance(total_pairs, Tensor):
             validation.check_number("total_pairs", total_pairs, 1)
+        for group in sharing:
+            if group_sync.shares_ranks(self.process_group, group):
+                raise ValueError(
+                    "process_group must be given, GroupWeights(process_group=<the data-parallel ranks>), where "
+                    "total_pairs is, for ranks that share pairs (vocab_shard, context_group or DTensors): the group of "
+                    f"{self.num_ranks} ranks would count each pair more than once and multiply gradients"
+                )
 
     def check_ranks(self, update: str) -> None:
         """Refuse what several ranks cannot do exactly."""
@@ -320,18 +377,13 @@ class GroupWeights(nn.Module):
                 "outside the checkpointed region"
             )
 
-    def _apply_update(self, update: str, group_loss_sums: Tensor, group_counts: Tensor) -> None:
-        if update == "lagged":
-            self.accumulate(group_loss_sums, group_counts)
-        elif update == "inline":
-            self.update(group_loss_sums, group_counts)
-
-    def update_of_forward(self) -> str:
+    def update_of_forward(self, training: bool = True) -> str:
         """What a forward of the loss has to do now: "inline", "lagged", "recomputed" or "none".
 
-        Nothing in eval mode, under no_grad, and when activation checkpointing runs the forward again inside a backward.
+        Nothing in eval mode (the loss's, ``training=False``, or these weights' own), under no_grad, and when activation
+        checkpointing runs the forward again inside a backward.
         """
-        if not self.training or not torch.is_grad_enabled():
+        if not (training and self.training) or not torch.is_grad_enabled():
             return "none"
         if torch.compiler.is_compiling():
             return self.update_mode
@@ -339,7 +391,7 @@ class GroupWeights(nn.Module):
             return "recomputed"
         return "none" if group_sync.is_pipeline_inference() else self.update_mode
 
-    def after_forward(self, update: str, logps: Tensor) -> None:
+    def after_forward(self, update: str, logps: Tensor, total_pairs: Any = None) -> None:
         """Remember the batch (its log-probabilities) by the alpha that weighs it, so that a forward that is run again
         inside a backward can be told from a new one.
 
@@ -349,13 +401,23 @@ class GroupWeights(nn.Module):
         if update == "none" or torch.compiler.is_compiling():
             return
         if update == "recomputed":
-            self._check_recomputed(logps)
+            self._weighed.check_holds(logps)
             return
         if self.update_mode == "inline":
             self._weighed.clear()
+        else:
+            self._watch.saw_forward(logps.shape[0] // 2, total_pairs)
         self._weighed.append(logps)
-        if self.log_alpha.device.type == "cpu":
-            self._warn_if_skipped()
+        self._watch.if_skipped(self.skipped_updates)
+
+    def clock(self, in_step: bool = False) -> Tensor:
+        """(3,) int64, alike on ranks that are at the same step; see `group_sync.sum_over_ranks`."""
+        forwards = self._own_statistics().forwards
+        return torch.stack([self.shared_updates, forwards, torch.full_like(forwards, in_step)])
+
+    def count_shared(self, update: str) -> None:
+        """After a forward whose statistics were summed over several ranks."""
+        (self.shared_updates if update == "inline" else self._own_statistics().forwards).add_(1)
 
     def extra_repr(self) -> str:
         return (
@@ -381,17 +443,16 @@ class GroupWeights(nn.Module):
             floor=self.floor,
         )
 
-    def _accumulate_later(self, group_loss_sums: Tensor, group_counts: Tensor) -> None:
-        """`accumulate` of all ranks' statistics, whose sum is on its way while the backward runs."""
-        if torch.compiler.is_compiling():  # it has no collectives that are waited for elsewhere
-            self.accumulate(*group_sync.sum_over_ranks(group_loss_sums, group_counts, self.process_group))
-            return
-        self._in_flight.append(group_sync.begin_sum_over_ranks(group_loss_sums, group_counts, self.process_group))
+    def _sum_over_ranks(self, sums: Tensor, counts: Tensor, in_step: bool = False) -> tuple[Tensor, Tensor]:
+        return group_sync.sum_over_ranks(sums, counts, self.process_group, self.clock(in_step))
 
-    def _receive(self) -> None:
-        for pending in self._in_flight:
-            self.accumulate(*pending.wait())
-        self._in_flight.clear()
+    def _own_statistics(self) -> statistics.OwnStatistics:
+        """Those that this rank alone has until `step`. No buffers: DDP would give all ranks those of rank 0."""
+        device = self.log_alpha.device
+        if self._own is None:
+            self._own = statistics.OwnStatistics.zeros(self.num_groups, device)
+        self._own = self._own.to(device)
+        return self._own
 
     def _averaged(self, losses: Tensor, seen_now: Tensor) -> tuple[Tensor, Tensor]:
         """(running mean of each group's loss, groups seen so far), after the groups seen now have been taken in."""
@@ -402,42 +463,18 @@ class GroupWeights(nn.Module):
         seen = self.ema_weights > 0
         return torch.where(seen, self.ema_losses / self.ema_weights, 0), seen
 
-    def _check_statistics(self, group_loss_sums: Tensor, group_counts: Tensor) -> None:
-        validation.check_float_tensor("group_loss_sums", group_loss_sums)
-        validation.check_tensor("group_counts", group_counts)
-        for name, value in (("group_loss_sums", group_loss_sums), ("group_counts", group_counts)):
-            if value.shape != (self.num_groups,):
-                raise ValueError(f"{name} must have shape ({self.num_groups},), got {tuple(value.shape)}")
-
-    def _check_recomputed(self, logps: Tensor) -> None:
-        """A forward run again must be of a batch that the present alpha weighed: else the gradient would be wrong."""
-        for seen in self._weighed:
-            if seen.shape == logps.shape and torch.allclose(seen, logps, rtol=1e-4, equal_nan=True):
-                return
-        raise RuntimeError(
-            "a checkpointed GroupRobustLoss is run again for a batch that is not the last one that moved alpha (or, "
-            "with update='lagged', that none of the forwards since the last step() had). Call backward before alpha "
-            "moves again, use torch.utils.checkpoint with use_reentrant=False, or keep the loss outside the "
-            "checkpointed region"
-        )
-
-    def _warn_if_skipped(self) -> None:
-        if not self._warned and int(self.skipped_updates) > 0:
-            self._warned = True
-            warnings.warn(
-                "a group's loss was not finite (NaN or inf): alpha was not updated for that batch. This warns once; "
-                "GroupWeights.skipped_updates counts on",
-                RuntimeWarning,
-                stacklevel=2,
-            )
-
     @staticmethod
     def _warn_before_saving(module: nn.Module, prefix: str, keep_vars: bool) -> None:
         # On a GPU the counter is not read back at each update; a checkpoint reads it anyway.
         assert isinstance(module, GroupWeights)
-        module._receive()
-        if not module.skipped_updates.is_meta:
-            module._warn_if_skipped()
+        module._watch.if_skipped(module.skipped_updates, read_device=True)
+        own = module._own
+        if own is not None and not own.counts.is_meta and int(own.counts.sum()):
+            module._watch.once(
+                "unsaved",
+                f"a checkpoint between a forward and step(): the {int(own.counts.sum())} pairs that only this rank has "
+                "seen since the last step() are not in it. Save it after step()",
+            )
 
     def _replicate_for_data_parallel(self) -> GroupWeights:
         raise RuntimeError(
@@ -467,31 +504,14 @@ class GroupWeights(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        """Refuse the alpha of other groups: a checkpoint's group sizes must be this module's."""
-        mine, theirs = self.group_sizes, state_dict.get(f"{prefix}group_sizes")
-        if mine is not None and theirs is not None and mine.tolist() != theirs.tolist():
-            error_msgs.append(f"group_sizes of the checkpoint {theirs.tolist()} are not this module's {mine.tolist()}")
+        state.before_loading(self, state_dict, prefix, error_msgs)
+        if error_msgs:
             return
-        if self.loss_ema and f"{prefix}log_alpha" in state_dict:  # saved without loss_ema: the mean begins anew
-            for name in ("ema_losses", "ema_weights"):
-                state_dict.setdefault(f"{prefix}{name}", torch.zeros_like(state_dict[f"{prefix}log_alpha"]))
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
         if not error_msgs and f"{prefix}log_alpha" in state_dict and not self.log_alpha.is_meta:
-            self._mend_log_alpha(error_msgs)
-
-    def _mend_log_alpha(self, error_msgs: list[str]) -> None:
-        """A checkpoint that was cast to bfloat16 has a rounded alpha: back onto the simplex. Far off it is refused."""
-        loaded = self.log_alpha.double()
-        off = float(loaded.logsumexp(-1))
-        if not abs(off) <= 0.05:
-            error_msgs.append(
-                f"log_alpha of the checkpoint must be weights on the simplex; they add up to {math.exp(off)}"
-            )
-            return
-        if abs(off) > 1e-9 or self.log_alpha.dtype != torch.float64:
-            self.log_alpha = loaded - loaded.logsumexp(-1)
+            state.mend_log_alpha(self, error_msgs)
 
 
 def _as_the_forward_finds_it(x: Tensor) -> Tensor:

@@ -54,7 +54,8 @@ class GroupState:
     """What a fused forward reads of GroupWeights, and the buffers that it moves as ``update`` says.
 
     ``update``: "inline", "lagged" or "none". ``process_group``: the name of the data-parallel group whose statistics
-    are summed, "" where there is none; the rank's own gradients are then multiplied by ``gradient_scale``.
+    are summed, "" where there is none; the rank's own gradients are then multiplied by ``gradient_scale``, and
+    ``clock`` says at which step it is.
     """
 
     log_alpha: Tensor  # (K,) float64
@@ -70,6 +71,7 @@ class GroupState:
     update: str
     process_group: str = ""
     gradient_scale: float = 1.0
+    clock: Tensor | None = None  # (3,) int64
 
 
 def token_gradients(

@@ -121,7 +121,7 @@ def plan_for(hidden: Tensor, head: LinearHead, rows: Rows, budget: Budget, accum
     shape = LinearShape(
         num_rows,
         hidden.shape[-1],
-        head.num_columns,
+        max(1, head.num_columns),  # a shard of the vocabulary may be empty
         hidden.element_size(),
         (needs[0], needs[1], needs[2]),
         devices.of(hidden.device),

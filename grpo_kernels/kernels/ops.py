@@ -159,13 +159,13 @@ def _group_robust_loss(logits: Tensor, *flat: Any) -> tuple[Tensor, ...]:
     rows, pairs, groups, (backend,) = split(flat, ROWS, PAIRS, GROUPS)
     if groups.update != "none":
         _check_in_forward()
-    whole_batch = _sum_over(groups.process_group) if groups.process_group else None
+    whole_batch = None if groups.clock is None else _sum_over(groups.process_group, groups.clock)
     return dispatch.fused_kernels_of(backend).group_robust_forward(logits, rows, pairs, groups, whole_batch)
 
 
-def _sum_over(process_group: str) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+def _sum_over(process_group: str, clock: Tensor) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
     group = group_sync.of_name(process_group)
-    return lambda sums, counts: group_sync.sum_over_ranks(sums, counts, group)
+    return lambda sums, counts: group_sync.sum_over_ranks(sums, counts, group, clock)
 
 
 def _group_robust_loss_fake(logits: Tensor, *flat: Any) -> tuple[Tensor, ...]:

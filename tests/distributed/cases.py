@@ -314,21 +314,6 @@ def gradient_accumulation() -> None:
 
 
 @case
-def lagged_statistics_are_saved_while_they_travel() -> None:
-    rank, world = rank_and_world()
-    ours = gk.GroupRobustLoss(weights(None, update="lagged"), backend="torch")
-    logits, *rest = part(pairs(4), shares(4, world)[rank])
-    ours(logits.requires_grad_(), *rest, total_pairs=4)
-    state = ours.group_weights.state_dict()
-    assert int(state["pending_counts"].sum()) == 4
-    other = weights(None, update="lagged")
-    other.load_state_dict(state)
-    ours.group_weights.step()
-    other.step()
-    assert torch.equal(other.log_alpha, ours.group_weights.log_alpha)
-
-
-@case
 def checkpoint_survives_another_world_size() -> None:
     """torch.distributed.checkpoint: what all ranks saved, one alone reads, to the bit."""
     import torch.distributed.checkpoint as dcp

@@ -1,4 +1,4 @@
-"""Runs the cases of cases.py and sharded_cases.py, world after world: ``python worlds.py FOLDER``, from test_ranks.py.
+"""Runs the cases of cases.py, sharded_cases.py and edge_cases.py, world after world: ``python worlds.py FOLDER``.
 
 Importing PyTorch is what a rank costs most, so ranks are forks of this process, which has no threads. Rank r of world w
 leaves FOLDER/w-r.json: {case: "", or what went wrong}, and prints what each case costs.
@@ -13,7 +13,8 @@ import traceback
 from datetime import timedelta
 from pathlib import Path
 
-import sharded_cases  # noqa: F401  (adds its cases)
+import edge_cases  # noqa: F401  (adds its cases)
+import sharded_cases  # noqa: F401
 import torch
 import torch.distributed as dist
 from cases import CASES, WORLD_SIZES

@@ -1,0 +1,74 @@
+"""What a plain loop gets wrong without an error: each is warned of once for each GroupWeights."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class Watch:
+    """Numbers on a GPU are read back only until they have been right once: no step waits for the device later."""
+
+    def __init__(self) -> None:
+        self._said: set[str] = set()
+        self._forwards: list[tuple[int, Any]] = []  # (pairs of the rank, total_pairs) since the last step()
+        self._has_counted = False
+        self._has_checked_total = False
+
+    def once(self, kind: str, text: str) -> None:
+        if kind not in self._said:
+            self._said.add(kind)
+            warnings.warn(f"{text}. This warns once", RuntimeWarning, stacklevel=3)
+
+    def if_skipped(self, skipped_updates: Tensor, read_device: bool = False) -> None:
+        if torch.compiler.is_compiling() or "skipped" in self._said or skipped_updates.is_meta:
+            return
+        if (skipped_updates.device.type == "cpu" or read_device) and int(skipped_updates) > 0:
+            self.once(
+                "skipped",
+                "a group's loss was not finite (NaN or inf): alpha was not updated for that batch. A group id outside "
+                "[0, K), a label outside the vocabulary, or a NaN in logits or ref_logps does that; with "
+                "GRPO_KERNELS_DEBUG=1 ids and labels are checked, and the bad one is named. "
+                "GroupWeights.skipped_updates counts on",
+            )
+
+    def saw_forward(self, num_pairs: int, total_pairs: Any) -> None:
+        self._forwards.append((num_pairs, total_pairs))
+
+    def at_step(self, counts: Tensor, estimator: str, num_ranks: int) -> None:
+        """``counts`` (K,): pairs of all ranks since the last step."""
+        forwards, self._forwards = self._forwards, []
+        if torch.compiler.is_compiling() or counts.is_meta or _is_capturing(counts):
+            return
+        self._has_counted = self._has_counted or any(pairs for pairs, _ in forwards) or bool(counts.any())
+        if not self._has_counted:
+            self.once(
+                "nothing",
+                "step() has not seen a single pair: alpha does not move. Forwards count in training mode with "
+                "gradients on, and by the GroupWeights that they were given",
+            )
+        totals = [total for _, total in forwards if total is not None]
+        if estimator == "importance" and len(forwards) - len(totals) > 1:
+            self.once(
+                "forgotten",
+                f"{len(forwards) - len(totals)} forwards since the last step() gave no total_pairs: each loss is a "
+                "mean over its own batch, and their sum as many times the step's. Pass total_pairs=<pairs of the whole "
+                "step>, over all forwards and ranks",
+            )
+        if totals and (counts.device.type == "cpu" or not self._has_checked_total):
+            self._has_checked_total = True
+            counted = int(counts.sum()) if num_ranks > 1 else sum(pairs for pairs, _ in forwards)
+            wrong = [total for total in totals if float(total) != counted]
+            if wrong:
+                self.once(
+                    "total",
+                    f"total_pairs={float(wrong[0]):g} in a step of {counted} pairs: it must be the number of pairs of "
+                    "all forwards and ranks since the last step(), for the loss and its gradient are divided by it",
+                )
+
+
+def _is_capturing(x: Tensor) -> bool:
+    return x.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
