@@ -139,7 +139,9 @@ def value_and_slopes(spec: LossSpec, sequences: Sequences, beta: Number, e: Numb
         if entry.is_mean:
             x = x / _known(counts)
         scores = Scores(x[0], x[1], sequences.margin, None if counts is None else counts[0], spec.discopop_tau)
-        losses, slopes = entry.value(scores, beta, e), torch.stack(entry.slopes(scores, beta, e))
+        smoothing = e if entry.uses_label_smoothing else 0.0
+        losses = entry.value(scores, beta, smoothing)
+        slopes = torch.stack(entry.slopes(scores, beta, smoothing))
         if entry.is_mean:
             slopes = slopes / _known(counts)
         if u_slope is not None:

@@ -110,6 +110,18 @@ def test_f_divergences(divergence: str, loss_type: str) -> None:
     torch.testing.assert_close(*grads, rtol=1e-9, atol=1e-11)
 
 
+def test_a_mixture_smooths_only_what_has_a_smoothing() -> None:
+    logps, ref, counts = sequences(3)
+    for e in (0.2, torch.rand(3).double()):
+        parts = gk.preference_losses(logps, ref, label_smoothing=e)
+        parts = parts + gk.preference_losses(logps, loss_type="simpo", token_counts=counts)
+        mixture = gk.preference_losses(
+            logps, ref, loss_type=["sigmoid", "simpo"], label_smoothing=e, token_counts=counts
+        )
+        torch.testing.assert_close(mixture, parts)
+        torch.testing.assert_close(*(torch.autograd.grad(x.sum(), logps)[0] for x in (mixture, parts)))
+
+
 def test_numbers_of_pairs() -> None:
     """beta, label_smoothing, margin and weights of each pair; WPO's likelihoods are constants."""
     logps, ref, counts = sequences(5)
