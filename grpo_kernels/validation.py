@@ -6,7 +6,7 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -36,9 +36,9 @@ def check_option_names(options: Mapping[str, Any], known: type) -> None:
             raise TypeError(f"{name!r} is no option here; there are {', '.join(names)}")
 
 
-def _is_real(value: Any) -> bool:
-    """True for NumPy's scalars, too. Dynamo cannot trace it, so plain numbers do not come here."""
-    return isinstance(value, Real)
+def _is(value: Any, kind: type) -> bool:
+    """For Real and Integral, which NumPy's scalars are, too. Dynamo cannot trace it: plain numbers do not come here."""
+    return isinstance(value, kind)
 
 
 def check_number(
@@ -51,13 +51,25 @@ def check_number(
     open_high: bool = False,
 ) -> None:
     """A finite real number in the interval; bool and tensors are refused."""
-    if isinstance(value, bool) or not (isinstance(value, (int, float)) or _is_real(value)):
+    if isinstance(value, bool) or not (isinstance(value, (int, float)) or _is(value, Real)):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
     above = value > low if open_low else value >= low
     below = value < high if open_high else value <= high
     if not (abs(value) < math.inf and above and below):  # Dynamo traces this; not math.isfinite
         interval = f"{'(' if open_low else '['}{low}, {high}{')' if open_high or high == math.inf else ']'}"
         raise ValueError(f"{name} must be finite and in {interval}, got {value}")
+
+
+def check_whole_number(name: str, value: Any, low: int, or_else: str = "") -> None:
+    """An int (NumPy's, too) of at least ``low``. ``or_else``: what the argument may be instead, for the message."""
+    if isinstance(value, bool) or not (isinstance(value, int) or _is(value, Integral)):
+        raise TypeError(f"{name} must be {or_else}a whole number, got {value!r}")
+    check_number(name, value, low)
+
+
+def check_sequence(name: str, value: Any, what: str) -> None:
+    if not isinstance(value, Sequence):
+        raise TypeError(f"{name} must be {what}, got {type(value).__name__}")
 
 
 def check_tensor(name: str, value: Any) -> None:

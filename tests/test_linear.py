@@ -245,6 +245,13 @@ def test_sums_take_no_temporary_of_their_size() -> None:
     assert (sums - exact).abs().max() <= 2**-8 * exact.abs().max(), "one rounding of a product to bfloat16"
 
 
+@pytest.mark.parametrize("wrong", [1e9, 200.5, True, None, "auto "])
+def test_memory_is_a_whole_number_of_bytes(wrong: object) -> None:
+    """A float made a plan that no buffer could be allocated for."""
+    with pytest.raises(TypeError, match="max_extra_bytes must be 'auto' or a whole number, got"):
+        linear_plan.Budget(wrong)
+
+
 def test_linear_options_are_checked() -> None:
     hidden, weight, labels = torch.zeros(2, 3, 4), torch.zeros(5, 4), torch.zeros(2, 3, dtype=torch.int64)
     for options, message in (

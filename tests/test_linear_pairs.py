@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
@@ -332,6 +333,20 @@ def test_losses_that_are_not_finite() -> None:
     torch.testing.assert_close(grads[2][0], grads[0][0], equal_nan=True)
     assert grads[0][0].isnan().any()
     assert grads[0][0][0].isfinite().all()
+
+
+@pytest.mark.parametrize("plan", ["auto", "sweep", "keep"])
+@pytest.mark.parametrize(("num_pairs", "length"), [(0, 3), (2, 0)])
+def test_no_rows(plan: str, num_pairs: int, length: int) -> None:
+    hidden = torch.randn(2 * num_pairs, length, 4, requires_grad=True)
+    weight = torch.randn(5, 4, requires_grad=True)
+    labels, group_ids = torch.zeros(2 * num_pairs, length).long(), torch.arange(num_pairs)
+    groups = gk.GroupWeights(group_sizes=[3, 5], step_size=0.3)
+    out = gk.LinearGroupRobustLoss(groups, plan=plan, reference_free=True)(hidden, weight, labels, group_ids)
+    torch.testing.assert_close(out.pair_losses, torch.full((num_pairs,), math.log(2)))
+    out.loss.backward()
+    assert not weight.grad.any()
+    assert hidden.grad.shape == hidden.shape
 
 
 def test_no_slope_anywhere() -> None:

@@ -263,7 +263,8 @@ def sweep_backward(
     ratio = (exact @ swept.forecast) / (swept.forecast @ swept.forecast)
     usable = bool(torch.isfinite(ratio))  # not where a loss was NaN, or every slope 0
     rest = exact - ratio * swept.forecast if usable else exact
-    rounding = ROUNDINGS * torch.finfo(dlogps.dtype).eps * exact.abs().max()
+    largest = exact.abs().max() if exact.numel() else 0.0
+    rounding = ROUNDINGS * torch.finfo(dlogps.dtype).eps * largest
     again = ~(rest.abs() <= rounding) | ~swept.is_swept  # NaN is computed again, too
 
     dhidden = None

@@ -84,7 +84,7 @@ class Budget:
 
     def __post_init__(self) -> None:
         if self.max_extra_bytes != "auto":
-            validation.check_number("max_extra_bytes", self.max_extra_bytes, 0)
+            validation.check_whole_number("max_extra_bytes", self.max_extra_bytes, 0, "'auto' or ")
         validation.check_choice("plan", self.plan, ("auto", "sweep", "keep", "recompute"))
         if self.accumulate_dtype not in (torch.float32, torch.bfloat16):
             raise ValueError(f"accumulate_dtype must be torch.float32 or torch.bfloat16, got {self.accumulate_dtype}")
@@ -205,7 +205,7 @@ def _plans(shape: LinearShape, name: str, max_extra_bytes: int) -> Iterator[Line
     """Of one kind, with chunks of the largest size, half of it, and so on."""
     chunk = _largest_chunk(shape)
     while True:
-        rows = min(shape.num_rows, max(chunk, shape.longest_pair)) if name == "sweep" else chunk
+        rows = max(chunk, min(shape.num_rows, shape.longest_pair)) if name == "sweep" else chunk
         if name != "keep":
             yield _plan(shape, name, rows, 0)
         else:
