@@ -95,13 +95,18 @@ class LossOptions(SpecOptions, total=False):
     backend: str
 
 
-class PairOptions(TypedDict, total=False):
-    """Keyword options of a loss's forward; `grpo_kernels.GroupRobustLoss.forward` says what they mean."""
+class LogpsOptions(TypedDict, total=False):
+    """Keyword options of a loss of log-probabilities; `grpo_kernels.GroupRobustLoss.forward` says what they mean."""
 
     beta: float | Tensor | None
     margin: Tensor | None
     weights: Tensor | None
     label_smoothing: float | Tensor | None
+
+
+class PairOptions(LogpsOptions, total=False):
+    """And those of a forward."""
+
     token_weights: Tensor | None
     total_pairs: int | Tensor | None
 
@@ -144,7 +149,7 @@ class GroupRobustOutput(NamedTuple):
             "loss": self.loss.detach(),
             "rewards/chosen": self.chosen_rewards.mean(),
             "rewards/rejected": self.rejected_rewards.mean(),
-            "rewards/accuracies": (margins > 0).to(margins.dtype).mean(),
+            "rewards/accuracies": (margins > 0).to(margins.dtype).masked_fill(margins.isnan(), torch.nan).mean(),
             "rewards/margins": margins.mean(),
             "logps/chosen": self.chosen_logps.detach().mean(),
             "logps/rejected": self.rejected_logps.detach().mean(),

@@ -185,7 +185,9 @@ def test_from_pair_losses() -> None:
     assert torch.equal(torch.autograd.grad(got.loss, logps)[0], torch.autograd.grad(expected.loss, logps)[0])
     assert got.chosen_logps.shape == got.rejected_rewards.shape == (4,)
     assert got.chosen_logps.isnan().all()
-    assert got.metrics()["loss"] == got.loss
+    metrics = got.metrics()
+    assert metrics.pop("loss") == got.loss
+    assert all(value.isnan() for value in metrics.values()), "nobody knows them: an accuracy of 0 would be a lie"
     losses = got.pair_losses.detach()
     means = [losses[[0, 3]].mean(), losses[[1, 2]].mean(), torch.tensor(torch.nan, dtype=torch.float64)]
     torch.testing.assert_close(got.group_means, torch.stack(means), equal_nan=True)
@@ -452,7 +454,12 @@ def test_two_losses_share_alpha() -> None:
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"logits": lambda x: x[:7]}, ValueError, "even number of sequences, chosen first and then rejected, got 7"),
+        (
+            {"logits": lambda x: x[:7], "labels": lambda x: x[:7]},
+            ValueError,
+            "even number of sequences, chosen first and then rejected, got 7",
+        ),
+        ({"logits": lambda x: x.sum()}, ValueError, r"logits must have 3 dimensions, .* got shape \(\)"),
         ({"logits": lambda x: x[:, 0]}, ValueError, "logits must have 3 dimensions"),
         ({"logits": lambda x: x.long()}, TypeError, "logits must be float32, bfloat16, float16 or float64, got"),
         ({"logits": lambda x: x.tolist()}, TypeError, "must be a torch.Tensor, got list"),
@@ -485,6 +492,12 @@ def test_bad_cu_seqlens(ends: list[int], message: str) -> None:
         make()(logits.flatten(0, 1), labels.flatten(), ids()[:1], ref[:2], torch.tensor(ends))
 
 
+def test_cu_seqlens_as_a_list() -> None:
+    logits, labels, ref = inputs()
+    with pytest.raises(TypeError, match=r"cu_seqlens must be a torch\.Tensor, got list"):
+        make()(logits.flatten(0, 1), labels.flatten(), ids()[:1], ref[:2], [0, 20, 56])
+
+
 def test_bad_options() -> None:
     weights = gk.GroupWeights(group_sizes=SIZES, step_size=0.1)
     with pytest.raises(ValueError, match="beta must be finite and in"):
@@ -494,6 +507,8 @@ def test_bad_options() -> None:
     loss_fn = gk.GroupRobustLoss(weights, reference_free=True)
     with pytest.raises(ValueError, match="ref_logps must be None when reference_free=True"):
         loss_fn(*inputs()[:2], ids(), ref_logps=torch.zeros(8))
+    with pytest.raises(TypeError, match="'token_weights' is no option here; there are beta, margin, weights"):
+        loss_fn.from_logps(torch.zeros(8), ids(), token_weights=torch.ones(8))
     with pytest.raises(TypeError, match=r"weight must be float32, bfloat16, float16 or float64, got torch.int64"):
         gk.linear_sequence_logps(torch.zeros(2, 3, 4), torch.zeros(5, 4).long(), torch.zeros(2, 3).long())
     with pytest.raises(ValueError, match=r"weight must have shape \(V, 4\), got \(5, 6\)"):
