@@ -153,7 +153,7 @@ class Pairs:
             raise ValueError(
                 f"margin has a meaning for losses of the margin only, got loss_type={list(self.spec.loss_types)}"
             )
-        if self.spec.uses_counts:
+        if self.spec.uses_counts or self.token_counts is not None:
             validation.check_token_counts(self.token_counts, 2 * num_pairs, device)
 
     def losses_and_slopes(self, logps: Tensor, some: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -239,8 +239,7 @@ def preference_losses(
     validation.check_logps(policy_logps, ref_logps)
     validation.check_option_names(options, SpecOptions)
     spec = LossSpec.of(loss_type, **options)
-    smoothing = label_smoothing if isinstance(label_smoothing, Tensor) else float(label_smoothing)
-    pairs = Pairs(None, ref_logps, margin, weights, token_counts, beta, smoothing, spec)
+    pairs = Pairs(None, ref_logps, margin, weights, token_counts, beta, label_smoothing, spec)
     pairs.check(policy_logps.shape[0] // 2, policy_logps.device)
     return losses_of_pairs(policy_logps, pairs)
 
@@ -262,7 +261,7 @@ def rows_of_logits(logits: Tensor, labels: Tensor, options: RowOptions | TokenOp
     """The rank's own logits, and their rows: what every function of logits does first."""
     logits, vocab_shard = dtensor.local_logits(logits, options.get("vocab_shard"))
     labels, given = _unwrapped(labels, options)
-    num_columns = logits.shape[-1] if isinstance(logits, Tensor) else 0
+    num_columns = logits.shape[-1] if isinstance(logits, Tensor) and logits.dim() else 0
     return logits, Rows.of("logits", logits, num_columns, labels, {**given, "vocab_shard": vocab_shard})
 
 

@@ -59,9 +59,13 @@ class LossSpec:
     @classmethod
     def of(cls, loss_type: Any, loss_weights: Any = None, **options: Any) -> LossSpec:
         """Of what a public function was given: a name, or a list of names with a list of weights."""
+        validation.check_sequence("loss_type", loss_type, "a name or a list of names")
         names = (loss_type,) if isinstance(loss_type, str) else tuple(loss_type)
-        weights = (1.0,) * len(names) if loss_weights is None else tuple(map(float, loss_weights))
-        spec = cls(names, weights, **options)
+        weights = (1.0,) * len(names) if loss_weights is None else loss_weights
+        validation.check_sequence("loss_weights", weights, "a list of numbers")
+        for weight in weights:
+            validation.check_number("loss_weights", weight, -math.inf)
+        spec = cls(names, tuple(map(float, weights)), **options)
         for name in names:
             lower = name.lower() if isinstance(name, str) else ""
             if lower in REFUSED:
@@ -74,8 +78,6 @@ class LossSpec:
             raise ValueError(
                 f"loss_weights must have a number for each of loss_type={list(names)}, got {list(weights)}"
             )
-        for weight in weights:
-            validation.check_number("loss_weights", weight, -math.inf)
         validation.check_choice("f_divergence_type", spec.f_divergence_type, tuple(F_DIVERGENCES))
         validation.check_number("f_alpha_divergence_coef", spec.f_alpha_divergence_coef, -math.inf)
         validation.check_number("discopop_tau", spec.discopop_tau, 0.0, open_low=True)
@@ -86,6 +88,16 @@ class LossSpec:
                 f"f_divergence_type={spec.f_divergence_type!r} has a meaning for losses of the margin of log-ratios "
                 f"only, got loss_type={list(names)}"
             )
+        for option, user, is_used in (
+            ("discopop_tau", "loss_type='discopop'", "discopop" in names),
+            (
+                "f_alpha_divergence_coef",
+                "f_divergence_type='alpha_divergence'",
+                spec.f_divergence_type == "alpha_divergence",
+            ),
+        ):
+            if not is_used and getattr(spec, option) != getattr(cls, option):
+                raise ValueError(f"{option} has no meaning without {user}, got {getattr(spec, option)}")
         return spec
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Self, Unpack
@@ -34,6 +35,7 @@ from grpo_kernels.segments import segment_sum
 from grpo_kernels.types import (
     IGNORE_INDEX,
     GroupRobustOutput,
+    LogpsOptions,
     LossOptions,
     PairOptions,
     RowOptions,
@@ -67,9 +69,10 @@ class _GroupRobustLossBase(nn.Module):
         super().__init__()
         if not isinstance(group_weights, GroupWeights):
             raise TypeError(f"group_weights must be a GroupWeights, got {type(group_weights).__name__}")
-        validation.check_beta(beta)
+        validation.check_number("beta", beta, 0.0, open_low=True)
         validation.check_option_names(options, SpecOptions)
         self.spec = LossSpec.of(loss_type, **options)
+        validation.check_number("label_smoothing", label_smoothing, -math.inf)  # (B,) belongs to a call
         self.spec.check_label_smoothing(label_smoothing)
         if average_log_prob and self.spec.uses_counts:
             raise ValueError(
@@ -96,7 +99,7 @@ class _GroupRobustLossBase(nn.Module):
         *,
         token_counts: Tensor | None = None,
         total_pairs: int | Tensor | None = None,
-        **options: Any,
+        **options: Unpack[LogpsOptions],
     ) -> GroupRobustOutput:
         """The loss from log-probabilities (2B,) that were computed elsewhere, chosen first.
 
@@ -104,6 +107,7 @@ class _GroupRobustLossBase(nn.Module):
         ``token_counts`` (2B,) for losses of means; ``total_pairs`` and the options ``beta``, ``margin``, ``weights``
         and ``label_smoothing`` as in `GroupRobustLoss.forward`.
         """
+        validation.check_option_names(options, LogpsOptions)
         policy_logps, ref_logps = dtensor.unwrapped(policy_logps=policy_logps, ref_logps=ref_logps)
         validation.check_logps(policy_logps, ref_logps)
         num_pairs = policy_logps.shape[0] // 2
@@ -159,7 +163,8 @@ class _GroupRobustLossBase(nn.Module):
             beta=beta, margin=margin, weights=weights, label_smoothing=label_smoothing
         )
         validation.check_weights_device(self.group_weights.log_alpha, device)
-        validation.check_reference(self.reference_free or not self.spec.uses_reference, ref_logps)
+        if self.spec.uses_reference:
+            validation.check_reference(self.reference_free, ref_logps)
         validation.check_group_ids(group_ids, num_pairs, self.group_weights.num_groups, device)
         beta = self.beta if beta is None else beta
         label_smoothing = self.label_smoothing if label_smoothing is None else label_smoothing

@@ -329,7 +329,7 @@ def check_pair_batch(rows_name: str, rows: Any, cu_seqlens: Any) -> None:
     """An even number of sequences."""
     check_tensor(rows_name, rows)
     if cu_seqlens is None:
-        if rows.shape[0] % 2:
+        if rows.dim() and rows.shape[0] % 2:
             raise ValueError(
                 f"a batch must hold an even number of sequences, chosen first and then rejected, got {rows.shape[0]}"
             )

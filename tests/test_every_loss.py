@@ -101,7 +101,9 @@ def test_far_out(name: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("divergence", truth.TEXTBOOK_DIVERGENCES)
 @pytest.mark.parametrize("loss_type", ["sigmoid", "ipo_norm"])
 def test_f_divergences(divergence: str, loss_type: str) -> None:
-    options = {"loss_type": loss_type, "f_divergence_type": divergence, "f_alpha_divergence_coef": 0.3}
+    options = {"loss_type": loss_type, "f_divergence_type": divergence}
+    if divergence == "alpha_divergence":
+        options["f_alpha_divergence_coef"] = 0.3
     logps, ref, counts = sequences()
     got = gk.preference_losses(logps, ref, beta=BETA, token_counts=counts, **options)
     expected = textbook(logps, ref, counts, options, 0.0)
@@ -212,11 +214,30 @@ def test_what_is_refused() -> None:
         ({"loss_type": "bco_pair", "f_divergence_type": "forward_kl"}, "losses of the margin of log-ratios only"),
         ({"f_divergence_type": "kl"}, "f_divergence_type must be one of 'reverse_kl'"),
         ({"f_divergence_type": "alpha_divergence", "f_alpha_divergence_coef": 1.0}, "must not be 1"),
+        ({"f_alpha_divergence_coef": 0.3}, "f_alpha_divergence_coef has no meaning without f_divergence_type="),
+        ({"discopop_tau": 0.1}, "discopop_tau has no meaning without loss_type='discopop', got 0.1"),
     ):
         with pytest.raises(ValueError, match=message):
             gk.preference_losses(logps, ref, token_counts=counts, **options)
         with pytest.raises(ValueError, match=message):
             gk.GroupRobustLoss(weights, **options)
+    for options, message in (
+        ({"loss_type": None}, "loss_type must be a name or a list of names, got NoneType"),
+        ({"loss_weights": 0.5}, "loss_weights must be a list of numbers, got float"),
+        ({"loss_weights": ["a"]}, "loss_weights must be a number, got str"),
+        ({"label_smoothing": "a"}, "label_smoothing must be a number, got str"),
+    ):
+        with pytest.raises(TypeError, match=message):
+            gk.preference_losses(logps, ref, **options)
+        with pytest.raises(TypeError, match=message):
+            gk.GroupRobustLoss(weights, **options)
+    for name in ("beta", "label_smoothing"):  # (B,) is for a call
+        with pytest.raises(TypeError, match=f"{name} must be a number, got Tensor"):
+            gk.GroupRobustLoss(weights, **{name: torch.tensor([0.1])})
+    with pytest.raises(ValueError, match=r"token_counts must have shape \(4,\), one for each sequence, got \(3,\)"):
+        gk.preference_losses(logps, ref, token_counts=counts[:3])
+    with pytest.raises(ValueError, match=r"ref_logps must be None for loss_type=\['simpo'\], which has no reference"):
+        gk.GroupRobustLoss(weights, loss_type="simpo").from_logps(logps, torch.zeros(2).long(), ref)
     with pytest.raises(ValueError, match="token_counts must be given for losses of means"):
         gk.preference_losses(logps, ref, loss_type="sigmoid_norm")
     with pytest.raises(ValueError, match="ref_logps must be None for loss_type"):
