@@ -56,7 +56,7 @@ def run(tmp_path: Path, *stages: gpu_check.Stage) -> dict[str, Any]:
 
 
 def test_a_stage_that_fails_or_hangs_costs_the_others_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu_check, "GRACE", 1)
+    monkeypatch.setattr(gpu_check, "GRACE", 3)
     deaf = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); print('{\"a\": 1}', flush=True); "
     beside = "import time; time.sleep(1); print('{\"b\": 2}')"
     began = time.monotonic()
@@ -70,7 +70,7 @@ def test_a_stage_that_fails_or_hangs_costs_the_others_nothing(tmp_path: Path, mo
         stage("asked", "import time; time.sleep(60)", until=10),
         stage("garbled", "print('{not json'); print('{\"c\": 3}', end='')"),
     )
-    assert time.monotonic() - began < 30
+    assert time.monotonic() - began < 50
     outcomes = {name: one["outcome"] for name, one in records.items()}
     assert outcomes == {
         "beside": "passed",
