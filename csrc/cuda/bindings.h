@@ -98,12 +98,12 @@ inline void define_launches(pybind11::module_ m) {
   // given: ref_logps, betas, margin, weights
   // state: (log_alpha, group_sizes, pending_sums, pending_counts, skipped_updates)
   // numbers: beta, label_smoothing, step_size, adjustment, floor, chi, gradient_scale
-  // names: loss_type, estimator, update; flags: average; stages: rows, pairs, alpha
+  // names: loss_type, estimator, update; flags: average; stages: rows, clear, pairs, alpha
   m.def("group_robust_forward", [](OnDevice place, const std::string& dtype, Numbers<5> sizes, Numbers<4> logits,
                                    Numbers<2> labels, Numbers<3> results, Numbers<2> cu_seqlens, Numbers<2> extents,
                                    Numbers<8> tables, Numbers<2> group_ids, std::array<Numbers<2>, 4> given,
                                    Numbers<5> state, std::array<double, 7> numbers,
-                                   const std::array<std::string, 3>& names, bool average, std::array<bool, 3> stages) {
+                                   const std::array<std::string, 3>& names, bool average, std::array<bool, 4> stages) {
     const auto [num_sequences, num_groups] = extents;
     checked(num_sequences >= 0 && num_sequences % 2 == 0, "num_sequences", "be even and at least 0", num_sequences);
     checked(num_groups >= 1, "num_groups", "be at least 1", num_groups);
@@ -142,8 +142,9 @@ inline void define_launches(pybind11::module_ m) {
     loss.pending_sums = static_cast<double*>(pointer(state[2]));
     loss.pending_counts = static_cast<int64_t*>(pointer(state[3]));
     loss.skipped_updates = static_cast<int64_t*>(pointer(state[4]));
-    loss.do_pairs = stages[1];
-    loss.do_alpha = stages[2];
+    loss.clear = stages[1];
+    loss.do_pairs = stages[2];
+    loss.do_alpha = stages[3];
     if (stages[0]) {
       group_robust_forward(place_of(place), dtype_named(dtype), rows_of(sizes, logits, labels, results), loss);
     } else {
