@@ -68,10 +68,10 @@ inline Rows rows_of(const Numbers<5>& sizes, const Numbers<4>& logits, const Num
                     const Numbers<3>& results) {
   checked(sizes[0] >= 0, "rows", "be at least 0", sizes[0]);
   checked(sizes[0] == 0 || sizes[1] >= 1, "positions", "be at least 1", sizes[1]);
-  checked(sizes[2] >= 0, "vocab_size", "be at least 0", sizes[2]);
+  checked(sizes[2] >= 0 && sizes[2] < (int64_t(1) << 30), "vocab_size", "be in [0, 2^30)", sizes[2]);
   checked(sizes[3] >= 1 && sizes[3] <= 65535, "splits", "be in [1, 65535]", sizes[3]);
-  return {sizes[0],           sizes[1],           sizes[2], matrix(logits),     integers(labels), sizes[4],
-          pointer(results[0]), pointer(results[1]), sizes[3], pointer(results[2])};
+  return {sizes[0], sizes[1], int(sizes[2]), matrix(logits), integers(labels), sizes[4], pointer(results[0]),
+          pointer(results[1]), sizes[3], pointer(results[2])};
 }
 
 inline Place place_of(const std::pair<int, uintptr_t>& place) { return {place.first, place.second}; }

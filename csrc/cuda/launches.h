@@ -55,7 +55,7 @@ struct Matrix {
 struct Rows {
   int64_t num_rows;
   int64_t positions;  // row r is position r % positions of sequence r / positions
-  int64_t vocab_size;
+  int vocab_size;     // below 2^30, so that columns need 32 bits
   Matrix logits;
   Integers labels;
   int64_t ignore_index;

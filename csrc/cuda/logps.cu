@@ -50,9 +50,13 @@ __device__ __forceinline__ typename Format::Real scale_of(const Rows& rows, cons
   return gradient.factor ? Real(scale * Real(gradient.factor[0])) : scale;
 }
 
-// Columns of a block: kLoads vectors a thread, all loaded before the first is stored.
+// Columns of a block: steps of kLoads vectors a thread, all of a step loaded before the first is stored. A second step
+// halves what finding the row costs for each logit.
+constexpr int kSteps = 2;
 template <class Format>
-constexpr int64_t kTile = int64_t(kThreads) * kLoads<Format> * Vector<Format>::kElements;
+constexpr int kStep = kThreads * kLoads<Format>;  // vectors
+template <class Format>
+constexpr int kTile = kSteps * kStep<Format> * Vector<Format>::kElements;
 
 template <class Format>
 __global__ void __launch_bounds__(kThreads, kBlocks<Format>)
@@ -62,7 +66,8 @@ __global__ void __launch_bounds__(kThreads, kBlocks<Format>)
   constexpr int kElements = Vector<Format>::kElements;
   // Last row first: the end of what the forward read may still be in the cache.
   const unsigned back = blockIdx.x / tiles, tile = blockIdx.x - back * tiles;
-  const int64_t row = rows.num_rows - 1 - int64_t(back), vocab_size = rows.vocab_size;
+  const int64_t row = rows.num_rows - 1 - int64_t(back);
+  const int vocab_size = rows.vocab_size;
   const int64_t stride = rows.logits.vocab_stride, out_stride = gradient.out.vocab_stride;
   const int64_t label = rows.labels[row];
   const bool counts =
@@ -80,7 +85,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<Format>)
   if (stride != 1 || out_stride != 1 || (reinterpret_cast<uintptr_t>(x) - reinterpret_cast<uintptr_t>(out)) % 16 != 0) {
     Real log_sum = 0;
     const RowGradient<Format> of_row = counts ? row_gradient(log_sum) : RowGradient<Format>{};
-    const int64_t end = smaller((tile + 1) * kTile<Format>, vocab_size);
+    const int end = smaller((tile + 1) * kTile<Format>, vocab_size);
     for (int64_t column = tile * kTile<Format> + threadIdx.x; column < end; column += kThreads) {
       const Element one = counts ? x[column * stride] : zero;
       out[column * out_stride] = !counts ? zero : column == label ? of_row.of_label(one, log_sum) : of_row(one);
@@ -89,42 +94,50 @@ __global__ void __launch_bounds__(kThreads, kBlocks<Format>)
   }
 
   const Pieces<Format> pieces(x, vocab_size);
-  const int64_t edge = tile == 0 ? pieces.edge(vocab_size) : -1;
-  const int64_t begin = tile * int64_t(kLoads<Format>) * kThreads + threadIdx.x;
+  const int edge = tile == 0 ? pieces.edge(vocab_size) : -1;
+  const int begin = tile * kSteps * kStep<Format> + threadIdx.x;
   const auto* vectors = reinterpret_cast<const Vector<Format>*>(x + pieces.head) + begin;
   auto* out_vectors = reinterpret_cast<Vector<Format>*>(out + pieces.head) + begin;
-  const int64_t left = pieces.vectors - begin;
+  const int left = smaller(pieces.vectors - begin, kSteps * kStep<Format>);
   if (!counts) {
-#pragma unroll
-    for (int load = 0; load < kLoads<Format>; ++load)
-      if (load * kThreads < left) out_vectors[load * kThreads] = Vector<Format>{};
+    for (int i = 0; i < left; i += kThreads) out_vectors[i] = Vector<Format>{};
     if (edge >= 0) out[edge] = zero;
     return;
   }
   Vector<Format> loaded[kLoads<Format>];
+  const auto load_step = [&](int first) {
 #pragma unroll
-  for (int load = 0; load < kLoads<Format>; ++load)
-    if (load * kThreads < left) loaded[load] = vectors[load * kThreads];
+    for (int load = 0; load < kLoads<Format>; ++load)
+      if (first + load * kThreads < left) loaded[load] = vectors[first + load * kThreads];
+  };
+  load_step(0);
   Element of_edge = zero, of_label = zero;
   if (edge >= 0) of_edge = x[edge];
   // The thread that stores the label's vector, or edge, stores the label once more.
-  const int64_t of_vector = (label - pieces.head) / kElements - begin;
-  const bool in_vector = label >= pieces.head && label < pieces.tail && of_vector % kThreads == 0 && of_vector >= 0 &&
-                         of_vector < kLoads<Format> * kThreads;
-  const bool mine = in_vector || edge == label;
-  if (mine && label >= 0) of_label = x[label];
+  const bool known = label >= 0 && label < vocab_size;
+  const unsigned of_vector = unsigned(int(label) - pieces.head) / kElements - unsigned(begin);
+  const bool in_vector = label >= pieces.head && label < pieces.tail && of_vector % kThreads == 0 &&
+                         of_vector < unsigned(kSteps * kStep<Format>);
+  const bool mine = known && (in_vector || edge == label);
+  if (mine) of_label = x[label];
   Real log_sum;
   const RowGradient<Format> of_row = row_gradient(log_sum);
+#pragma unroll 1
+  for (int first = 0;;) {
 #pragma unroll
-  for (int load = 0; load < kLoads<Format>; ++load) {
-    if (load * kThreads >= left) continue;
-    Vector<Format> result;
+    for (int load = 0; load < kLoads<Format>; ++load) {
+      if (first + load * kThreads >= left) continue;
+      Vector<Format> result;
 #pragma unroll
-    for (int e = 0; e < kElements; ++e) result.x[e] = of_row(loaded[load].x[e]);
-    out_vectors[load * kThreads] = result;
+      for (int e = 0; e < kElements; ++e) result.x[e] = of_row(loaded[load].x[e]);
+      out_vectors[first + load * kThreads] = result;
+    }
+    first += kStep<Format>;
+    if (first >= left) break;
+    load_step(first);
   }
   if (edge >= 0) out[edge] = of_row(of_edge);
-  if (mine && label >= 0) out[label] = of_row.of_label(of_label, log_sum);
+  if (mine) out[label] = of_row.of_label(of_label, log_sum);
 }
 
 }  // namespace

@@ -15,25 +15,26 @@ namespace grpo::cuda {
 template <class Format>
 constexpr int kLoads = sizeof(typename Format::Element) == 8 ? 2 : 4;
 
-__device__ __forceinline__ int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+__device__ __forceinline__ int smaller(int a, int b) { return a < b ? a : b; }
 
 // A row whose columns are neighbours, as [0, head) single elements, `vectors` of 16 bytes, and single ones from `tail` on.
 template <class Format>
 struct Pieces {
-  int64_t head, vectors, tail;
+  int head, vectors, tail;
 
-  __device__ __forceinline__ Pieces(const typename Format::Element* x, int64_t vocab_size) {
+  __device__ __forceinline__ Pieces(const typename Format::Element* x, int vocab_size) {
     constexpr int kElements = Vector<Format>::kElements;
-    const int past = int(reinterpret_cast<uintptr_t>(x) % 16 / sizeof(typename Format::Element));
+    const unsigned past = unsigned(reinterpret_cast<uintptr_t>(x)) % 16 / sizeof(typename Format::Element);
     head = smaller((kElements - past) % kElements, vocab_size);
-    vectors = (vocab_size - head) / kElements;
+    vectors = unsigned(vocab_size - head) / kElements;
     tail = head + vectors * kElements;
   }
 
   // The edge's element that is this thread's, or -1. The first 16 threads have one at most.
-  __device__ __forceinline__ int64_t edge(int64_t vocab_size) const {
-    if (threadIdx.x < 8) return threadIdx.x < head ? int64_t(threadIdx.x) : -1;
-    const int64_t column = tail + threadIdx.x - 8;
+  __device__ __forceinline__ int edge(int vocab_size) const {
+    const int thread = threadIdx.x;
+    if (thread < 8) return thread < head ? thread : -1;
+    const int column = tail + thread - 8;
     return column < vocab_size ? column : -1;
   }
 };
@@ -58,25 +59,25 @@ __device__ __forceinline__ void absorb(MaxSum<Real>& running, const Real (&x)[N]
 // (largest logit, sum of exp(logit - largest)) of one split of a row, the same in all threads of the block.
 template <class Format>
 __device__ __forceinline__ MaxSum<typename Format::Real> scan_row(const typename Format::Element* x, int64_t stride,
-                                                                  int64_t vocab_size, int64_t split, int64_t splits) {
+                                                                  int vocab_size, int split, int splits) {
   using Real = typename Format::Real;
   constexpr int kElements = Vector<Format>::kElements;
   MaxSum<Real> running{kLowest<Real>, 0};
   if (stride != 1) {
-    for (int64_t column = split * kThreads + threadIdx.x; column < vocab_size; column += splits * kThreads) {
+    for (int64_t column = split * kThreads + threadIdx.x; column < vocab_size; column += splits * int64_t(kThreads)) {
       const Real one[1] = {Format::widened(x[column * stride])};
       absorb(running, one);
     }
     return Block().merged(running);
   }
   const Pieces<Format> pieces(x, vocab_size);
-  const int64_t edge = split == 0 ? pieces.edge(vocab_size) : -1;
+  const int edge = split == 0 ? pieces.edge(vocab_size) : -1;
   typename Format::Element of_edge{};
   if (edge >= 0) of_edge = x[edge];
   const auto* vectors = reinterpret_cast<const Vector<Format>*>(x + pieces.head);
-  const int64_t share = (pieces.vectors + splits - 1) / splits;
-  const int64_t end = smaller((split + 1) * share, pieces.vectors);
-  int64_t i = split * share + threadIdx.x;
+  const int share = (pieces.vectors + splits - 1) / splits;
+  const int end = smaller((split + 1) * share, pieces.vectors);
+  int i = split * share + threadIdx.x;
   for (; i + (kLoads<Format> - 1) * kThreads < end; i += kLoads<Format> * kThreads) {
     Vector<Format> loaded[kLoads<Format>];
 #pragma unroll
@@ -132,7 +133,7 @@ __device__ __forceinline__ void store_ignored_row(const Rows& rows, int64_t row)
 
 // A block reads its split of its row, if the row counts, and stores what it found.
 template <class Format>
-__device__ __forceinline__ void do_row(const Rows& rows, int64_t row, int64_t split, bool counts) {
+__device__ __forceinline__ void do_row(const Rows& rows, int64_t row, int split, bool counts) {
   using Real = typename Format::Real;
   const int64_t label = rows.labels[row];
   if (!counts || label == rows.ignore_index) {
@@ -143,7 +144,7 @@ __device__ __forceinline__ void do_row(const Rows& rows, int64_t row, int64_t sp
   if (rows.splits == 1 && threadIdx.x == 0) of_label = label_logit<Format>(rows, row, label);
   const auto* x = static_cast<const typename Format::Element*>(rows.logits.data);
   const MaxSum<Real> found = scan_row<Format>(x + rows.logits.offset(row, rows.positions), rows.logits.vocab_stride,
-                                              rows.vocab_size, split, rows.splits);
+                                              rows.vocab_size, split, int(rows.splits));
   if (threadIdx.x != 0) return;
   if (rows.splits == 1) {
     store_row<Format>(rows, row, of_label, found);

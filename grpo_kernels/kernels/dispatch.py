@@ -156,7 +156,7 @@ def _cuda_cannot_run(request: Request) -> list[str]:
 BACKENDS: list[BackendEntry] = [
     BackendEntry(
         "triton",
-        "Triton kernels, NVIDIA GPUs",
+        "Triton kernels, NVIDIA GPUs; AMD GPUs under ROCm (compiled, never run)",
         "grpo_kernels.kernels.triton",
         _triton_not_usable_here,
         _triton_cannot_run,

@@ -258,7 +258,7 @@ def group_robust_forward(
     labels, num_sequences, num_groups = rows.labels, rows.num_sequences, groups.log_alpha.shape[0]
     num_rows, vocab_size = labels.numel(), logits.shape[-1]
     device, acc = logits.device, accumulation_dtype(logits)
-    tile = tile_for("forward", logits.itemsize, vocab_size)
+    tile = tile_for("forward", logits.itemsize, vocab_size, logits.stride(-1) != 1)
     if splits is None:
         splits = row_splits(num_rows, vocab_size, tile.block, multiprocessors(device))
 

@@ -388,7 +388,7 @@ def token_logps_forward(
     num_rows, vocab_size = labels.numel(), logits.shape[-1]
     if num_rows == 0:
         return token_logps, lse
-    tile = tile_for("forward", logits.itemsize, vocab_size)
+    tile = tile_for("forward", logits.itemsize, vocab_size, logits.stride(-1) != 1)
     if splits is None:
         splits = row_splits(num_rows, vocab_size, tile.block, multiprocessors(logits.device))
     partial = torch.empty(2 * num_rows * splits, dtype=acc, device=logits.device) if splits > 1 else lse
@@ -430,7 +430,7 @@ def token_logps_backward(
     num_rows, vocab_size = labels.numel(), logits.shape[-1]
     if num_rows == 0:
         return
-    tile = tile_for("backward", logits.itemsize, vocab_size)
+    tile = tile_for("backward", logits.itemsize, vocab_size, logits.stride(-1) != 1)
     tiles = triton.cdiv(vocab_size, tile.block)
     scale_strides = (dtoken_logps.stride(0), 0) if row_sequence is not None else row_strides_of(dtoken_logps)
     (origin, skipped), (out_origin, out_skipped) = aligned_origin(logits), aligned_origin(out)

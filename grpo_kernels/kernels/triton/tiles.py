@@ -49,9 +49,14 @@ ROWS_PER_MULTIPROCESSOR = 16
 MAX_SPLITS = 32
 
 
-def tile_for(pass_name: str, itemsize: int, vocab_size: int) -> Tile:
-    """The table's row, its block no wider than the vocabulary needs (a power of two, at least 128)."""
+def tile_for(pass_name: str, itemsize: int, vocab_size: int, strided: bool = False) -> Tile:
+    """The table's row, its block no wider than the vocabulary needs (a power of two, at least 128).
+
+    ``strided``: columns are not neighbours, and each takes a load and registers for its address.
+    """
     tile = TILES[pass_name, itemsize]
+    if strided:
+        tile = replace(tile, block=max(128, tile.block // 4))
     needed = max(128, 1 << (vocab_size - 1).bit_length())
     if needed >= tile.block:
         return tile
