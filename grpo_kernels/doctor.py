@@ -48,6 +48,7 @@ def facts() -> dict[str, Any]:
         "platform": platform.platform(),
         "packages": {package: _installed_version(package) for package in PACKAGES},
         "cuda": torch.version.cuda,
+        "rocm": torch.version.hip,
         "extension": _extension(),
         "devices": devices,
         "backends": {
@@ -79,7 +80,12 @@ def command(
         return 0
     print(f"grpo_kernels {found['grpo_kernels']}, Python {found['python']}, {found['platform']}")
     print("packages: " + ", ".join(f"{name} {version or '-'}" for name, version in found["packages"].items()))
-    print(f"CUDA of torch: {found['cuda'] or 'none, a CPU build'}")
+    if found["rocm"]:
+        print(
+            f"ROCm of torch: {found['rocm']}; the Triton kernels are compiled for AMD's GPUs, but were never run on one"
+        )
+    else:
+        print(f"CUDA of torch: {found['cuda'] or 'none, a CPU build'}")
     extension = found["extension"]
     if extension is None:
         print("extension: not built")

@@ -262,6 +262,10 @@ def test_cuda_says_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
         with pytest.raises(NotImplementedError, match="there is no CUDA device"):
             dispatch.select("cuda", request)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with monkeypatch.context() as rocm:
+        rocm.setattr(torch.version, "hip", "6.4")
+        with pytest.raises(NotImplementedError, match="this PyTorch is for ROCm"):
+            dispatch.select("cuda", request)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
     with pytest.raises(NotImplementedError, match="logits are on cpu, needs a CUDA device"):
         dispatch.select("cuda", request)

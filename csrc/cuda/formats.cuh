@@ -39,6 +39,19 @@ struct alignas(16) Vector {
   typename Format::Element x[kElements];
 };
 
+// The same 16 bytes, for what is kept from one turn of a loop to the next: single elements of two bytes would each be moved
+// to a register of its own, and the loads waited for at once.
+struct alignas(16) Words {
+  uint32_t word[4];
+
+  template <class Format>
+  __device__ __forceinline__ Vector<Format> as() const {
+    Vector<Format> result;
+    memcpy(&result, word, sizeof result);
+    return result;
+  }
+};
+
 // Blocks on a multiprocessor at once, at least: four allow 64 registers a thread, and 64 KiB of loads in flight.
 template <class Format>
 constexpr int kBlocks = sizeof(typename Format::Real) == 8 ? 2 : 4;

@@ -96,7 +96,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<Format>)
   const Pieces<Format> pieces(x, vocab_size);
   const int edge = tile == 0 ? pieces.edge(vocab_size) : -1;
   const int begin = tile * kSteps * kStep<Format> + threadIdx.x;
-  const auto* vectors = reinterpret_cast<const Vector<Format>*>(x + pieces.head) + begin;
+  const auto* vectors = reinterpret_cast<const Words*>(x + pieces.head) + begin;
   auto* out_vectors = reinterpret_cast<Vector<Format>*>(out + pieces.head) + begin;
   const int left = smaller(pieces.vectors - begin, kSteps * kStep<Format>);
   if (!counts) {
@@ -104,7 +104,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<Format>)
     if (edge >= 0) out[edge] = zero;
     return;
   }
-  Vector<Format> loaded[kLoads<Format>];
+  Words loaded[kLoads<Format>];
   const auto load_step = [&](int first) {
 #pragma unroll
     for (int load = 0; load < kLoads<Format>; ++load)
@@ -127,9 +127,9 @@ __global__ void __launch_bounds__(kThreads, kBlocks<Format>)
 #pragma unroll
     for (int load = 0; load < kLoads<Format>; ++load) {
       if (first + load * kThreads >= left) continue;
-      Vector<Format> result;
+      Vector<Format> result = loaded[load].template as<Format>();
 #pragma unroll
-      for (int e = 0; e < kElements; ++e) result.x[e] = of_row(loaded[load].x[e]);
+      for (int e = 0; e < kElements; ++e) result.x[e] = of_row(result.x[e]);
       out_vectors[first + load * kThreads] = result;
     }
     first += kStep<Format>;
