@@ -428,7 +428,7 @@ def token_logps_backward(
     sequence of packed rows.
     """
     num_rows, vocab_size = labels.numel(), logits.shape[-1]
-    if num_rows == 0:
+    if num_rows == 0 or vocab_size == 0:
         return
     tile = tile_for("backward", logits.itemsize, vocab_size, logits.stride(-1) != 1)
     tiles = triton.cdiv(vocab_size, tile.block)
@@ -488,7 +488,8 @@ def aligned_origin(logits: Tensor) -> tuple[Tensor, int]:
     skipped = logits.data_ptr() % BYTES_A_LOAD // logits.itemsize
     if skipped == 0 or skipped > logits.storage_offset():
         return logits, 0
-    return logits.as_strided((), (), logits.storage_offset() - skipped), skipped
+    extent = 1 + sum((size - 1) * stride for size, stride in zip(logits.shape, logits.stride(), strict=True))
+    return logits.as_strided((skipped + max(extent, 0),), (1,), logits.storage_offset() - skipped), skipped
 
 
 def layout(logits: Tensor, skipped: int) -> dict[str, bool]:
