@@ -25,7 +25,11 @@ def parser() -> argparse.ArgumentParser:
     bench.add_argument("--cases", nargs="+", default=(), help="names or patterns, such as 'linear/qwen2.5-7b/*'")
     bench.add_argument("--plots-only", action="store_true", help="draw the pictures of the records that are there")
     doctor = commands.add_parser("doctor", help="show versions, devices and which backends are usable")
-    doctor.add_argument("--kernels", action="store_true", help="compile the Triton kernels and report on the outcome")
+    doctor.add_argument(
+        "--kernels",
+        action="store_true",
+        help="compile for GPUs that are not here, check the code",
+    )
     doctor.add_argument("--linear", metavar="SxTxDxV", help="the linear path's plans for such a batch and head")
     doctor.add_argument("--device", help="for --linear: cpu, a100, h100, h200 or b200; default: the one that is here")
     doctor.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"), help="for --linear")

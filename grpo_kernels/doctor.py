@@ -48,6 +48,7 @@ def facts() -> dict[str, Any]:
         "platform": platform.platform(),
         "packages": {package: _installed_version(package) for package in PACKAGES},
         "cuda": torch.version.cuda,
+        "rocm": torch.version.hip,
         "extension": _extension(),
         "devices": devices,
         "backends": {
@@ -79,7 +80,12 @@ def command(
         return 0
     print(f"grpo_kernels {found['grpo_kernels']}, Python {found['python']}, {found['platform']}")
     print("packages: " + ", ".join(f"{name} {version or '-'}" for name, version in found["packages"].items()))
-    print(f"CUDA of torch: {found['cuda'] or 'none, a CPU build'}")
+    if found["rocm"]:
+        print(
+            f"ROCm of torch: {found['rocm']}; the Triton kernels are compiled for AMD's GPUs, but were never run on one"
+        )
+    else:
+        print(f"CUDA of torch: {found['cuda'] or 'none, a CPU build'}")
     extension = found["extension"]
     if extension is None:
         print("extension: not built")
@@ -161,20 +167,21 @@ def _linear(sizes: str, dtype: str, device_name: str | None, as_json: bool) -> i
 
 
 def _kernels(as_json: bool) -> int:
-    """Compile the Triton kernels for several GPUs, none of which need be here; 1 if the outcome has a problem."""
+    """Compile the kernels for several GPUs, none of which need be here; 1 if kernels/gate.py finds a problem."""
+    from grpo_kernels.kernels import gate
     from grpo_kernels.kernels.triton import compile_report
 
-    found = compile_report.report()
-    problems = compile_report.problems(found)
+    missing = gate.nvcc_missing()
+    found = compile_report.report() + ([] if missing else gate.nvcc_reports())
+    problems = gate.problems(found)
     if as_json:
-        print(json.dumps({"kernels": [dataclasses.asdict(one) for one in found], "problems": problems}, indent=2))
+        reports = [dataclasses.asdict(one) for one in found]
+        print(json.dumps({"kernels": reports, "problems": problems, "cuda_not_compiled": missing}, indent=2))
         return bool(problems)
-    print("LDG and STG: loads and stores of global memory in the machine code, by bits; .128 is 16 bytes a thread")
     for one in found:
-        access = " ".join(f"{name}x{count}" for name, count in one.global_access.items())
-        print(
-            f"sm_{one.capability:<3} {one.variant}: {one.registers} registers, {one.spill_bytes} bytes spilled, "
-            f"{one.shared_bytes} bytes shared, {access}"
-        )
+        print(f"{one.where}: {one.summary}")
+    if missing:
+        print(f"CUDA kernels not compiled: {missing}")
     print("\n".join(f"PROBLEM: {problem}" for problem in problems) or "no problems")
+    print("fractions of bandwidth are predictions of a model (docs/kernels.md), not measured")
     return bool(problems)

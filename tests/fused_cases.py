@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from conftest import batch
 
 import grpo_kernels as gk
+from grpo_kernels.batch import Pairs, Rows
+from grpo_kernels.kernels.group_robust import COEFFICIENTS, GroupRobustTables, GroupState
+
+BUFFERS = ("log_alpha", "group_sizes", "pending_sums", "pending_counts", "skipped_updates")
 
 IDS, SIZES = torch.tensor([1, 0, 2, 1]), [60, 35, 5]
 LOSSES = [
@@ -107,3 +112,34 @@ def assert_any_number_of_groups(assert_same: Callable, num_groups: int, estimato
     ids = torch.tensor([0, num_groups - 1, num_groups // 2, num_groups // 2])
     calls = [((x, y, ids, ref), {}) for (x, y, _, ref), _ in two_calls()]
     assert_same({}, {"group_sizes": sizes, "estimator": estimator, "floor": 0.1}, calls)
+
+
+def assert_rows_of_no_sequence(kernels: Any, splits: int, device: str = "cpu") -> None:
+    """``kernels``: a FusedKernelBackend."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(9, 40, generator=generator, dtype=torch.float64)
+    logits[7:] = torch.nan
+    labels, ids = torch.tensor([3, 39, 0, -100, 7, 1, 8, 3, 3]), torch.tensor([1, 0])
+
+    def run(num_rows: int, ends: list[int]) -> tuple[GroupRobustTables, torch.Tensor]:
+        x, y = logits[:num_rows].to(device), labels[:num_rows].to(device)
+        weights = gk.GroupWeights(group_sizes=SIZES, step_size=0.3).to(device)
+        buffers = (getattr(weights, name) for name in BUFFERS)
+        state = GroupState(*buffers, "importance", 0.3, 0.0, 0.0, 1.0, "inline")
+        rows, pairs = Rows(y, torch.tensor(ends, device=device)), Pairs(ids.to(device))
+        tables = kernels.group_robust_forward(x, rows, pairs, state, splits=splits)
+        grad = torch.full_like(x, torch.nan)
+        scale = tables.sequences[COEFFICIENTS]
+        kernels.token_logps_backward(scale, x, y, tables.lse, -100, grad, None, tables.row_sequence)
+        return tables, grad
+
+    expected, expected_grad = run(7, [0, 2, 4, 4, 7])
+    got, grad = run(9, [0, 2, 4, 4, 7])
+    assert torch.equal(got.loss, expected.loss)
+    assert torch.equal(got.sequences, expected.sequences)
+    assert torch.equal(grad[:7], expected_grad)
+    assert got.row_sequence.tolist() == [0, 0, 1, 1, 3, 3, 3, -1, -1]
+    none, grad = run(9, [0, 0, 0, 0, 0])
+    assert none.loss.isfinite()
+    assert (none.row_sequence == -1).all()
+    assert (grad == 0).all()

@@ -8,7 +8,6 @@ from __future__ import annotations
 import functools
 import itertools
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -22,7 +21,7 @@ import truth
 from conftest import SIMULATED, batch
 from fused_cases import IDS, METHODS, assert_any_number_of_groups, calls_with_vectors, loss_of, packed_calls, two_calls
 
-from grpo_kernels.kernels import cuda, dispatch
+from grpo_kernels.kernels import cuda, dispatch, gate
 
 ROOT = Path(__file__).parent.parent
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -213,6 +212,12 @@ def test_padded_packed_and_longer_agree() -> None:
         assert torch.equal(padded.loss, other.loss)
 
 
+@pytest.mark.usefixtures("simulated")
+@pytest.mark.parametrize("splits", [1, 2])
+def test_rows_of_no_sequence(splits: int) -> None:
+    fused_cases.assert_rows_of_no_sequence(cuda, splits)
+
+
 # -- launches --------------------------------------------------------------------------------------------------------
 
 
@@ -257,6 +262,10 @@ def test_cuda_says_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
         with pytest.raises(NotImplementedError, match="there is no CUDA device"):
             dispatch.select("cuda", request)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with monkeypatch.context() as rocm:
+        rocm.setattr(torch.version, "hip", "6.4")
+        with pytest.raises(NotImplementedError, match="this PyTorch is for ROCm"):
+            dispatch.select("cuda", request)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
     with pytest.raises(NotImplementedError, match="logits are on cpu, needs a CUDA device"):
         dispatch.select("cuda", request)
@@ -287,15 +296,20 @@ def test_a_barrier_that_not_all_threads_reach_is_found(tmp_path: Path) -> None:
 # -- nvcc ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.skipif(shutil.which("nvcc") is None, reason="there is no nvcc")
-def test_kernels_compile_without_spills() -> None:
-    ran = subprocess.run(
-        [sys.executable, str(ROOT / "benchmarks" / "cuda_registers.py"), "90a"],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert ran.returncode == 0, ran.stdout + ran.stderr
-    for name in ("group_robust_fwd_kernel", "group_robust_finish_kernel", "logps_fwd_kernel", "logps_bwd_kernel"):
-        assert f"{name}[" in ran.stdout
+@pytest.mark.skipif(gate.nvcc_missing() is not None, reason=str(gate.nvcc_missing()))
+def test_the_gate_passes() -> None:
+    """One architecture; `doctor --kernels` takes three."""
+    pytest.importorskip("triton", reason="its wheel has the disassembler")
+    reports = gate.nvcc_reports(("90a",))
+    assert gate.problems(reports) == []
+    found = {(one.kernel, one.dtype): one for one in reports}
+    for kernel in ("group_robust_fwd_kernel", "logps_fwd_kernel", "logps_bwd_kernel"):
+        for dtype in ("float32", "bfloat16", "float16"):
+            one = found[kernel, dtype]
+            assert one.hot is not None
+            assert one.hot.wide_loads == 4
+            assert one.predicted_fraction is not None
+    assert ("group_robust_finish_kernel", "float32") in found
 
 
 def build(folder: Path, **environment: str) -> subprocess.CompletedProcess:

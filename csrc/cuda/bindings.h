@@ -68,10 +68,10 @@ inline Rows rows_of(const Numbers<5>& sizes, const Numbers<4>& logits, const Num
                     const Numbers<3>& results) {
   checked(sizes[0] >= 0, "rows", "be at least 0", sizes[0]);
   checked(sizes[0] == 0 || sizes[1] >= 1, "positions", "be at least 1", sizes[1]);
-  checked(sizes[2] >= 0, "vocab_size", "be at least 0", sizes[2]);
+  checked(sizes[2] >= 0 && sizes[2] < (int64_t(1) << 30), "vocab_size", "be in [0, 2^30)", sizes[2]);
   checked(sizes[3] >= 1 && sizes[3] <= 65535, "splits", "be in [1, 65535]", sizes[3]);
-  return {sizes[0],           sizes[1],           sizes[2], matrix(logits),     integers(labels), sizes[4],
-          pointer(results[0]), pointer(results[1]), sizes[3], pointer(results[2])};
+  return {sizes[0], sizes[1], int(sizes[2]), matrix(logits), integers(labels), sizes[4], pointer(results[0]),
+          pointer(results[1]), sizes[3], pointer(results[2])};
 }
 
 inline Place place_of(const std::pair<int, uintptr_t>& place) { return {place.first, place.second}; }
@@ -98,12 +98,12 @@ inline void define_launches(pybind11::module_ m) {
   // given: ref_logps, betas, margin, weights
   // state: (log_alpha, group_sizes, pending_sums, pending_counts, skipped_updates)
   // numbers: beta, label_smoothing, step_size, adjustment, floor, chi, gradient_scale
-  // names: loss_type, estimator, update; flags: average; stages: rows, pairs, alpha
+  // names: loss_type, estimator, update; flags: average; stages: rows, clear, pairs, alpha
   m.def("group_robust_forward", [](OnDevice place, const std::string& dtype, Numbers<5> sizes, Numbers<4> logits,
                                    Numbers<2> labels, Numbers<3> results, Numbers<2> cu_seqlens, Numbers<2> extents,
                                    Numbers<8> tables, Numbers<2> group_ids, std::array<Numbers<2>, 4> given,
                                    Numbers<5> state, std::array<double, 7> numbers,
-                                   const std::array<std::string, 3>& names, bool average, std::array<bool, 3> stages) {
+                                   const std::array<std::string, 3>& names, bool average, std::array<bool, 4> stages) {
     const auto [num_sequences, num_groups] = extents;
     checked(num_sequences >= 0 && num_sequences % 2 == 0, "num_sequences", "be even and at least 0", num_sequences);
     checked(num_groups >= 1, "num_groups", "be at least 1", num_groups);
@@ -142,8 +142,9 @@ inline void define_launches(pybind11::module_ m) {
     loss.pending_sums = static_cast<double*>(pointer(state[2]));
     loss.pending_counts = static_cast<int64_t*>(pointer(state[3]));
     loss.skipped_updates = static_cast<int64_t*>(pointer(state[4]));
-    loss.do_pairs = stages[1];
-    loss.do_alpha = stages[2];
+    loss.clear = stages[1];
+    loss.do_pairs = stages[2];
+    loss.do_alpha = stages[3];
     if (stages[0]) {
       group_robust_forward(place_of(place), dtype_named(dtype), rows_of(sizes, logits, labels, results), loss);
     } else {

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "../common/max_sum.h"
+#include "formats.cuh"
 #include "platform.h"
 
 namespace grpo::cuda {
@@ -9,11 +10,6 @@ namespace grpo::cuda {
 template <class T>
 __device__ __forceinline__ T from_lane(T x, int distance) {
   return __shfl_xor_sync(0xffffffffu, x, distance);
-}
-
-template <class T>
-__device__ __forceinline__ MaxSum<T> from_lane(MaxSum<T> x, int distance) {
-  return {from_lane(x.max, distance), from_lane(x.sum, distance)};
 }
 
 // To be constructed, and its functions called, by all threads of the block together.
@@ -28,7 +24,8 @@ struct Block {
 
   template <class T>
   __device__ __forceinline__ MaxSum<T> merged(MaxSum<T> x) const {
-    return reduced(x, [](MaxSum<T> a, MaxSum<T> b) { return merge(a, b); });
+    const T max = reduced(x.max, [](T a, T b) { return larger(a, b); });
+    return {max, total(rescaled(x, max))};
   }
 
  private:
@@ -48,13 +45,13 @@ struct Block {
   }
 };
 
-// Whether this block is the last of `expected` to arrive. What thread 0 of a block stored before, all threads of the last
-// one may read after; other threads' stores are not covered.
-__device__ __forceinline__ bool last_to_arrive(unsigned int* ticket, int64_t expected) {
+// Takes `share` tickets: whether those were the last of `expected`. What thread 0 of a block stored before, all threads of
+// the last one may read after; other threads' stores are not covered.
+__device__ __forceinline__ bool last_to_arrive(unsigned int* ticket, int64_t share, int64_t expected) {
   __shared__ bool last;
   if (threadIdx.x == 0) {
     __threadfence();  // its own stores come before the ticket, for the whole device
-    last = int64_t(atomicAdd(ticket, 1u)) == expected - 1;
+    last = int64_t(atomicAdd(ticket, unsigned(share))) + share == expected;
     __threadfence();  // the others' stores are read after it
   }
   __syncthreads();  // `last` is read by all threads, and the others' stores only after the ticket is taken

@@ -56,34 +56,39 @@ __device__ __forceinline__ void do_pair(const Loss& loss, int64_t i) {
   pairs[kSlopes * B + i] = known ? weight * of_pair.slope : 0;
 }
 
-// The first pair of a group adds up the group, in the order of pairs. O(B^2 / threads): B is small.
+// The first of the pairs `first` .. `end` - 1 of a group adds those up, in the order of pairs.
 template <class Real>
-__device__ __forceinline__ void sum_group_of(const Loss& loss, int64_t i) {
+__device__ __forceinline__ void sum_group_of(const Loss& loss, int64_t i, int64_t first, int64_t end) {
   const int64_t B = loss.num_sequences / 2, group = safe_group(loss, i);
   const Real* losses = static_cast<const Real*>(loss.pairs) + kPairLosses * B;
   double sum = 0;
   int64_t count = 0;
-  for (int64_t j = 0; j < B; ++j) {
+  for (int64_t j = first; j < end; ++j) {
     if (safe_group(loss, j) != group) continue;
     if (j < i) return;
     sum += losses[j];
     ++count;
   }
-  loss.groups[kSums * loss.rule.num_groups + group] = sum;
-  loss.counts[group] = count;
+  loss.groups[kSums * loss.rule.num_groups + group] += sum;
+  loss.counts[group] += count;
 }
 
 template <class Real>
 __device__ __forceinline__ void pairs_and_group_sums(const Loss& loss, const Block& block) {
   const int64_t B = loss.num_sequences / 2;
-  for (int64_t g = block.first(); g < loss.rule.num_groups; g += block.step()) {
-    loss.groups[kSums * loss.rule.num_groups + g] = 0;
-    loss.counts[g] = 0;
+  if (loss.clear) {
+    for (int64_t g = block.first(); g < loss.rule.num_groups; g += block.step()) {
+      loss.groups[kSums * loss.rule.num_groups + g] = 0;
+      loss.counts[g] = 0;
+    }
   }
   for (int64_t i = block.first(); i < B; i += block.step()) do_pair<Real>(loss, i);
   __syncthreads();  // pair losses are read by other threads; the zeros must not come after the sums
-  for (int64_t i = block.first(); i < B; i += block.step()) sum_group_of<Real>(loss, i);
-  __syncthreads();  // sums are read by other threads
+  for (int64_t first = 0; first < B; first += block.step()) {
+    const int64_t i = first + block.first(), end = first + block.step() < B ? first + block.step() : B;
+    if (i < end) sum_group_of<Real>(loss, i, first, end);
+    __syncthreads();  // sums are added to by other threads, and read
+  }
 }
 
 // From the sums and counts (of all ranks): move alpha, fill the rest of the tables.

@@ -39,9 +39,30 @@ struct alignas(16) Vector {
   typename Format::Element x[kElements];
 };
 
-// exp(x) for x <= 0. In float32 the fast one: its error is absolute, in units of exp(0).
-__device__ __forceinline__ float exp_below(float x) { return __expf(x); }
-__device__ __forceinline__ double exp_below(double x) { return exp(x); }
+// The same 16 bytes, for what is kept from one turn of a loop to the next: single elements of two bytes would each be moved
+// to a register of its own, and the loads waited for at once.
+struct alignas(16) Words {
+  uint32_t word[4];
+
+  template <class Format>
+  __device__ __forceinline__ Vector<Format> as() const {
+    Vector<Format> result;
+    memcpy(&result, word, sizeof result);
+    return result;
+  }
+};
+
+// Blocks on a multiprocessor at once, at least: four allow 64 registers a thread, and 64 KiB of loads in flight.
+template <class Format>
+constexpr int kBlocks = sizeof(typename Format::Real) == 8 ? 2 : 4;
+
+// exp(x) is exp2(x * kLog2E), which is the instruction that GPUs have. kLog2E multiplies differences only: at a logit of 1e4
+// its product would be rounded by 1e-3.
+template <class Real>
+constexpr Real kLog2E = Real(1.4426950408889634);
+
+__device__ __forceinline__ float exp2_of(float x) { return exp2f(x); }
+__device__ __forceinline__ double exp2_of(double x) { return exp2(x); }
 
 __device__ __forceinline__ float larger(float a, float b) { return fmaxf(a, b); }
 __device__ __forceinline__ double larger(double a, double b) { return fmax(a, b); }

@@ -1,8 +1,9 @@
 // The whole forward of GroupRobustLoss in one launch: rows, then sequences, then the loss.
 //
-// Each block reads a row of logits (or a split of it) and takes a ticket of its sequence; the last to arrive adds up the
-// sequence's token_logps. It takes a ticket of the launch, and the last of those does what finish.cuh describes. Tickets
-// are integers and sums are taken in a fixed order, so the result is the same from run to run.
+// Each block reads a row of logits (or a split of it) and takes a ticket of its sequence. The last to arrive adds up the
+// sequence's token_logps and takes as many tickets of the launch as the sequence has rows; who takes the last of those does
+// what finish.cuh describes. Tickets are integers and sums are taken in a fixed order, so the result is the same from run to
+// run.
 //
 // Traffic: one read of the logits of counted rows; 12 bytes a row of workspace; O(sequences + groups) at the end.
 
@@ -17,7 +18,7 @@ struct Span {
   int64_t sequence, begin, end;  // rows begin .. end - 1
 };
 
-// Packed: the last sequence with cu_seqlens[sequence] <= row; always in [0, S), so that nothing is read out of bounds.
+// Packed: the last sequence in [0, S) with cu_seqlens[sequence] <= row. Rows outside the sequences get one of them, too.
 __device__ __forceinline__ Span span_of(const Rows& rows, const Loss& loss, int64_t row) {
   if (loss.cu_seqlens.data == nullptr) {
     const int64_t sequence = row / rows.positions;
@@ -51,20 +52,24 @@ __device__ __forceinline__ void finish_sequence(const Rows& rows, const Loss& lo
 }
 
 template <class Format>
-__global__ void __launch_bounds__(kThreads, kBlocks)
+__global__ void __launch_bounds__(kThreads, kBlocks<Format>)
     group_robust_fwd_kernel(const __grid_constant__ Rows rows, const __grid_constant__ Loss loss) {
   const int64_t row = blockIdx.x, split = blockIdx.y;
   const Span span = span_of(rows, loss, row);
-  if (loss.cu_seqlens.data != nullptr && split == 0 && threadIdx.x == 0) loss.row_sequence[row] = span.sequence;
-  do_row<Format>(rows, row, split);
-  if (last_to_arrive(loss.tickets + span.sequence, (span.end - span.begin) * rows.splits))
+  const bool packed = loss.cu_seqlens.data != nullptr, belongs = row >= span.begin && row < span.end;
+  if (packed && split == 0 && threadIdx.x == 0) loss.row_sequence[row] = belongs ? span.sequence : -1;
+  do_row<Format>(rows, row, split, belongs);
+  const int64_t total = packed ? loss.cu_seqlens[loss.num_sequences] - loss.cu_seqlens[0] : rows.num_rows;
+  bool last = total == 0 && row == 0 && split == 0;  // without any row in a sequence, somebody must do it
+  if (belongs && last_to_arrive(loss.tickets + span.sequence, 1, (span.end - span.begin) * rows.splits)) {
     finish_sequence<Format>(rows, loss, span.sequence, span.begin, span.end);
-  if (last_to_arrive(loss.tickets + loss.num_sequences, rows.num_rows * rows.splits))
-    finish<typename Format::Real>(loss);
+    last = last_to_arrive(loss.tickets + loss.num_sequences, span.end - span.begin, total);
+  }
+  if (last) finish<typename Format::Real>(loss);
 }
 
 template <class Real>
-__global__ void __launch_bounds__(kThreads, kBlocks) group_robust_finish_kernel(const __grid_constant__ Loss loss) {
+__global__ void __launch_bounds__(kThreads) group_robust_finish_kernel(const __grid_constant__ Loss loss) {
   finish<Real>(loss);
 }
 

@@ -16,7 +16,7 @@ inline void check(cudaError_t error, const char* what) {
 }
 
 inline void check_grid(int64_t x, const char* what) {
-  if (x > kMaxGridX) throw std::runtime_error(std::string(what) + ": more than 2^31 - 1 rows in one call");
+  if (x > kMaxGridX) throw std::runtime_error(std::string(what) + ": more than 2^31 - 1 blocks in one call");
 }
 
 class Current {

@@ -44,9 +44,10 @@ struct Matrix {
   int64_t position_stride;
   int64_t vocab_stride;
 
-  // Of row number `row`: rows * V passes 2^31.
+  // Of row number `row`, which is below 2^31 as a grid is; rows * V is not.
   GRPO_HD int64_t offset(int64_t row, int64_t positions) const {
-    return row / positions * sequence_stride + row % positions * position_stride;
+    const uint32_t sequence = uint32_t(row) / uint32_t(positions);
+    return sequence * sequence_stride + (uint32_t(row) - sequence * uint32_t(positions)) * position_stride;
   }
 };
 
@@ -54,7 +55,7 @@ struct Matrix {
 struct Rows {
   int64_t num_rows;
   int64_t positions;  // row r is position r % positions of sequence r / positions
-  int64_t vocab_size;
+  int vocab_size;     // below 2^30, so that columns need 32 bits
   Matrix logits;
   Integers labels;
   int64_t ignore_index;
@@ -69,7 +70,7 @@ struct Gradient {
   int64_t sequence_stride;
   int64_t position_stride;
   Reals factor;                 // one number that multiplies every dtoken_logp, or nothing
-  const int32_t* row_sequence;  // not null: the first index of a row's dtoken_logp
+  const int32_t* row_sequence;  // not null: the first index of a row's dtoken_logp, negative where it has none
   Matrix out;                   // may be the logits
 };
 
@@ -79,7 +80,7 @@ enum class Update { inline_, lagged, none };
 struct Loss {
   int64_t num_sequences;
   Integers cu_seqlens;    // (S + 1,) for packed rows; data is null for padded ones
-  int32_t* row_sequence;  // (rows,) for packed rows
+  int32_t* row_sequence;  // (rows,) for packed rows: -1 for those of no sequence
   unsigned int* tickets;  // (S + 1,) zeros: one for each sequence, then that of the launch
   double* logps;          // (2, S) zeros: sums of token_logps, then counts of tokens
   void* sequences;        // (4, S) Real
@@ -99,7 +100,8 @@ struct Loss {
   double* pending_sums;
   int64_t* pending_counts;
   int64_t* skipped_updates;
-  bool do_pairs, do_alpha;  // which stages the last block does
+  bool clear;               // whether the last block clears the sums and counts that it adds to
+  bool do_pairs, do_alpha;  // which stages it does
 };
 
 // Each raises std::runtime_error with CUDA's text if a launch fails.

@@ -12,42 +12,31 @@ namespace grpo::cuda {
 namespace {
 
 template <class Format>
-__global__ void __launch_bounds__(kThreads, kBlocks) logps_fwd_kernel(const __grid_constant__ Rows rows) {
-  do_row<Format>(rows, blockIdx.x, blockIdx.y);
+__global__ void __launch_bounds__(kThreads, kBlocks<Format>) logps_fwd_kernel(const __grid_constant__ Rows rows) {
+  do_row<Format>(rows, blockIdx.x, blockIdx.y, true);
 }
 
 template <class Format>
-__global__ void __launch_bounds__(kThreads, kBlocks) merge_splits_kernel(const __grid_constant__ Rows rows) {
+__global__ void __launch_bounds__(kThreads, kBlocks<Format>) merge_splits_kernel(const __grid_constant__ Rows rows) {
   const int64_t row = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
   if (row < rows.num_rows) merge_row<Format>(rows, row);
 }
 
-// The gradient of single elements, and of 16 bytes of them, in one row.
+// The gradient of a row's elements.
 template <class Format>
 struct RowGradient {
   using Element = typename Format::Element;
   using Real = typename Format::Real;
-  Real row_max, log_sum, scale;
-  int64_t label;
+  Real row_max, shift, scale;  // shift: log_sum * kLog2E
 
-  __device__ __forceinline__ Element at(Element x, int64_t column) const {
-    const Real token_logp = Format::widened(x) - row_max - log_sum;
-    // 1 - softmax would lose the digits of a confident token.
-    return Format::narrowed(scale * (column == label ? -std::expm1(token_logp) : -exp_below(token_logp)));
+  // Of a column that is not the label's.
+  __device__ __forceinline__ Element operator()(Element x) const {
+    return Format::narrowed(-scale * exp2_of((Format::widened(x) - row_max) * kLog2E<Real> - shift));
   }
 
-  __device__ __forceinline__ Vector<Format> of(const Vector<Format>& x, int64_t column) const {
-    constexpr int kElements = Vector<Format>::kElements;
-    Vector<Format> result;
-#pragma unroll
-    for (int e = 0; e < kElements; ++e)
-      result.x[e] = Format::narrowed(-scale * exp_below(Format::widened(x.x[e]) - row_max - log_sum));
-    if (label >= column && label < column + kElements) {
-#pragma unroll
-      for (int e = 0; e < kElements; ++e)
-        if (column + e == label) result.x[e] = at(x.x[e], label);
-    }
-    return result;
+  // 1 - softmax would lose the digits of a confident token.
+  __device__ __forceinline__ Element of_label(Element x, Real log_sum) const {
+    return Format::narrowed(-scale * std::expm1(Format::widened(x) - row_max - log_sum));
   }
 };
 
@@ -56,59 +45,99 @@ __device__ __forceinline__ typename Format::Real scale_of(const Rows& rows, cons
   using Real = typename Format::Real;
   const int64_t at = gradient.row_sequence != nullptr
                          ? gradient.row_sequence[row] * gradient.sequence_stride
-                         : row / rows.positions * gradient.sequence_stride + row % rows.positions * gradient.position_stride;
+                         : Matrix{nullptr, gradient.sequence_stride, gradient.position_stride, 0}.offset(row, rows.positions);
   const Real scale = static_cast<const Real*>(gradient.dtoken_logps)[at];
   return gradient.factor ? Real(scale * Real(gradient.factor[0])) : scale;
 }
 
-// Columns of a tile: kLoads vectors a thread, all loaded before the first is stored.
+// Columns of a block: steps of kLoads vectors a thread, all of a step loaded before the first is stored. A second step
+// halves what finding the row costs for each logit.
+constexpr int kSteps = 2;
 template <class Format>
-constexpr int64_t kTile = int64_t(kThreads) * kLoads<Format> * Vector<Format>::kElements;
+constexpr int kStep = kThreads * kLoads<Format>;  // vectors
+template <class Format>
+constexpr int kTile = kSteps * kStep<Format> * Vector<Format>::kElements;
 
 template <class Format>
-__global__ void __launch_bounds__(kThreads, kBlocks)
-    logps_bwd_kernel(const __grid_constant__ Rows rows, const __grid_constant__ Gradient gradient) {
+__global__ void __launch_bounds__(kThreads, kBlocks<Format>)
+    logps_bwd_kernel(const __grid_constant__ Rows rows, const __grid_constant__ Gradient gradient, unsigned tiles) {
   using Element = typename Format::Element;
   using Real = typename Format::Real;
   constexpr int kElements = Vector<Format>::kElements;
-  const int64_t row = blockIdx.x, vocab_size = rows.vocab_size;
+  // Last row first: the end of what the forward read may still be in the cache.
+  const unsigned back = blockIdx.x / tiles, tile = blockIdx.x - back * tiles;
+  const int64_t row = rows.num_rows - 1 - int64_t(back);
+  const int vocab_size = rows.vocab_size;
   const int64_t stride = rows.logits.vocab_stride, out_stride = gradient.out.vocab_stride;
+  const int64_t label = rows.labels[row];
+  const bool counts =
+      label != rows.ignore_index && (gradient.row_sequence == nullptr || gradient.row_sequence[row] >= 0);
   const auto* x = static_cast<const Element*>(rows.logits.data) + rows.logits.offset(row, rows.positions);
   auto* out = static_cast<Element*>(gradient.out.data) + gradient.out.offset(row, rows.positions);
-  const int64_t label = rows.labels[row];
-  const bool counted = label != rows.ignore_index;
-  RowGradient<Format> of_row{};
-  if (counted) {
+  const Element zero = Format::narrowed(Real(0));
+  const auto row_gradient = [&](Real& log_sum) {
     const Real* lse = static_cast<const Real*>(rows.lse) + 2 * row;
-    of_row = {lse[0], lse[1], scale_of<Format>(rows, gradient, row), label};
-  }
-  // Where the two do not lie alike, or columns are not neighbours, all elements are single ones.
-  const bool alike = stride == 1 && reinterpret_cast<uintptr_t>(x) % 16 == reinterpret_cast<uintptr_t>(out) % 16;
-  const Pieces<Format> pieces(out, alike ? out_stride : 0, vocab_size);
-  const auto do_one = [&](int64_t column) {
-    out[column * out_stride] = counted ? of_row.at(x[column * stride], column) : Format::narrowed(Real(0));
+    log_sum = lse[1];
+    return RowGradient<Format>{lse[0], log_sum * kLog2E<Real>, scale_of<Format>(rows, gradient, row)};
   };
-  const int64_t first = blockIdx.y * int64_t(blockDim.x) + threadIdx.x, step = gridDim.y * int64_t(blockDim.x);
-  for (int64_t column = first; column < pieces.head; column += step) do_one(column);
-  for (int64_t column = pieces.tail + first; column < vocab_size; column += step) do_one(column);
 
-  const auto* vectors = reinterpret_cast<const Vector<Format>*>(x + pieces.head);
-  auto* out_vectors = reinterpret_cast<Vector<Format>*>(out + pieces.head);
-  for (int64_t tile = blockIdx.y; tile * kLoads<Format> * blockDim.x < pieces.vectors; tile += gridDim.y) {
-    const int64_t begin = tile * kLoads<Format> * blockDim.x + threadIdx.x;
-    Vector<Format> loaded[kLoads<Format>];
-#pragma unroll
-    for (int load = 0; load < kLoads<Format>; ++load) {
-      const int64_t i = begin + load * int64_t(blockDim.x);
-      if (counted && i < pieces.vectors) loaded[load] = vectors[i];
+  // Where the two do not lie alike, or columns are not neighbours, all elements are single ones.
+  if (stride != 1 || out_stride != 1 || (reinterpret_cast<uintptr_t>(x) - reinterpret_cast<uintptr_t>(out)) % 16 != 0) {
+    Real log_sum = 0;
+    const RowGradient<Format> of_row = counts ? row_gradient(log_sum) : RowGradient<Format>{};
+    const int end = smaller((tile + 1) * kTile<Format>, vocab_size);
+    for (int64_t column = tile * kTile<Format> + threadIdx.x; column < end; column += kThreads) {
+      const Element one = counts ? x[column * stride] : zero;
+      out[column * out_stride] = !counts ? zero : column == label ? of_row.of_label(one, log_sum) : of_row(one);
     }
-#pragma unroll
-    for (int load = 0; load < kLoads<Format>; ++load) {
-      const int64_t i = begin + load * int64_t(blockDim.x);
-      if (i < pieces.vectors)
-        out_vectors[i] = counted ? of_row.of(loaded[load], pieces.head + i * kElements) : Vector<Format>{};
-    }
+    return;
   }
+
+  const Pieces<Format> pieces(x, vocab_size);
+  const int edge = tile == 0 ? pieces.edge(vocab_size) : -1;
+  const int begin = tile * kSteps * kStep<Format> + threadIdx.x;
+  const auto* vectors = reinterpret_cast<const Words*>(x + pieces.head) + begin;
+  auto* out_vectors = reinterpret_cast<Vector<Format>*>(out + pieces.head) + begin;
+  const int left = smaller(pieces.vectors - begin, kSteps * kStep<Format>);
+  if (!counts) {
+    for (int i = 0; i < left; i += kThreads) out_vectors[i] = Vector<Format>{};
+    if (edge >= 0) out[edge] = zero;
+    return;
+  }
+  Words loaded[kLoads<Format>];
+  const auto load_step = [&](int first) {
+#pragma unroll
+    for (int load = 0; load < kLoads<Format>; ++load)
+      if (first + load * kThreads < left) loaded[load] = vectors[first + load * kThreads];
+  };
+  load_step(0);
+  Element of_edge = zero, of_label = zero;
+  if (edge >= 0) of_edge = x[edge];
+  // The thread that stores the label's vector, or edge, stores the label once more.
+  const bool known = label >= 0 && label < vocab_size;
+  const unsigned of_vector = unsigned(int(label) - pieces.head) / kElements - unsigned(begin);
+  const bool in_vector = label >= pieces.head && label < pieces.tail && of_vector % kThreads == 0 &&
+                         of_vector < unsigned(kSteps * kStep<Format>);
+  const bool mine = known && (in_vector || edge == label);
+  if (mine) of_label = x[label];
+  Real log_sum;
+  const RowGradient<Format> of_row = row_gradient(log_sum);
+#pragma unroll 1
+  for (int first = 0;;) {
+#pragma unroll
+    for (int load = 0; load < kLoads<Format>; ++load) {
+      if (first + load * kThreads >= left) continue;
+      Vector<Format> result = loaded[load].template as<Format>();
+#pragma unroll
+      for (int e = 0; e < kElements; ++e) result.x[e] = of_row(result.x[e]);
+      out_vectors[first + load * kThreads] = result;
+    }
+    first += kStep<Format>;
+    if (first >= left) break;
+    load_step(first);
+  }
+  if (edge >= 0) out[edge] = of_row(of_edge);
+  if (mine) out[label] = of_row.of_label(of_label, log_sum);
 }
 
 }  // namespace
@@ -129,14 +158,14 @@ void logps_forward(Place place, Dtype dtype, const Rows& rows) {
 }
 
 void logps_backward(Place place, Dtype dtype, const Rows& rows, const Gradient& gradient) {
-  if (rows.num_rows == 0) return;
-  check_grid(rows.num_rows, "logps_bwd_kernel");
+  if (rows.num_rows == 0 || rows.vocab_size == 0) return;
   const Current current(place.device);
   with_format(dtype, [&](auto format) {
     const int64_t tiles = (rows.vocab_size + kTile<decltype(format)> - 1) / kTile<decltype(format)>;
-    const int64_t y = tiles < 1 ? 1 : tiles < kMaxGridY ? tiles : kMaxGridY;
-    const dim3 grid(static_cast<unsigned>(rows.num_rows), static_cast<unsigned>(y));
-    GRPO_LAUNCH(logps_bwd_kernel<decltype(format)>, grid, kThreads, stream_of(place), rows, gradient);
+    check_grid(rows.num_rows * tiles, "logps_bwd_kernel");
+    const dim3 grid(static_cast<unsigned>(rows.num_rows * tiles));
+    GRPO_LAUNCH(logps_bwd_kernel<decltype(format)>, grid, kThreads, stream_of(place), rows, gradient,
+                static_cast<unsigned>(tiles));
   });
   check(cudaGetLastError(), "logps_bwd_kernel");
 }

@@ -7,12 +7,13 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <cstring>
 
 #if !defined(GRPO_LAUNCH)
 #define GRPO_LAUNCH(kernel, grid, threads, stream, ...) kernel<<<grid, threads, 0, stream>>>(__VA_ARGS__)
 #endif
 
-// Threads of a block. The simulator takes fewer, to be faster.
+// Threads of a block, at least 16. The simulator takes fewer, to be faster.
 #if !defined(GRPO_THREADS)
 #define GRPO_THREADS 256
 #endif
@@ -20,10 +21,8 @@
 namespace grpo::cuda {
 
 constexpr int kThreads = GRPO_THREADS;
-constexpr int kBlocks = 3;  // at least, on a multiprocessor at once: up to 80 registers a thread, 48 KiB of loads in flight
 constexpr int kWarp = 32;
 constexpr int kMaxWarps = 32;
 constexpr int64_t kMaxGridX = (int64_t(1) << 31) - 1;
-constexpr int64_t kMaxGridY = 65535;
 
 }  // namespace grpo::cuda

@@ -14,7 +14,14 @@ import torch
 from torch import Tensor
 
 from grpo_kernels.batch import Pairs, Rows
-from grpo_kernels.kernels.group_robust import SUMS, GroupRobustTables, GroupState
+from grpo_kernels.kernels.group_robust import (
+    FUSED_GROUPS,
+    SUMS,
+    GroupRobustTables,
+    GroupState,
+    finish_many_groups,
+    new_tables,
+)
 from grpo_kernels.kernels.rows import accumulation_dtype
 
 try:
@@ -31,12 +38,11 @@ DTYPES = {
     torch.float16: "float16",
     torch.float64: "float64",
 }
-# A row is split over blocks only where the rows alone would leave multiprocessors idle. Not measured yet.
-BLOCKS_PER_MULTIPROCESSOR = 4
+# Rows, or parts of rows, for each multiprocessor, which has four at a time: with fewer, rows are split, because the
+# last of them would leave most multiprocessors idle. Not measured yet.
+BLOCKS_PER_MULTIPROCESSOR = 16
 MAX_SPLITS = 32
 BYTES_A_SPLIT = 1 << 15  # a shorter split costs more than it brings
-# With more groups than this the finish is a launch of its own, so that no block of the large one works for long alone.
-FUSED_GROUPS = 4096
 NOTHING = (0, 0)
 
 
@@ -112,12 +118,9 @@ def group_robust_forward(
     num_sequences, num_rows, num_groups = rows.num_sequences, rows.labels.numel(), groups.log_alpha.shape[0]
     device, acc = logits.device, accumulation_dtype(logits)
     splits = splits or row_splits(logits, num_rows)
-    tables = GroupRobustTables.empty(logits, rows, num_groups)
+    tables, logps, tickets = new_tables(logits, rows, num_groups)
     token_logps = torch.empty(num_rows, dtype=acc, device=device)
     partial = _partial(tables.lse, num_rows, splits)
-    # Zeros in their own right: sequences without rows have no block that writes theirs.
-    logps = torch.zeros(2, num_sequences, dtype=torch.float64, device=device)
-    tickets = torch.zeros(num_sequences + 1, dtype=torch.int32, device=device)
     betas, beta = (pairs.beta, 0.0) if isinstance(pairs.beta, Tensor) else (None, pairs.beta)
     assert pairs.group_ids is not None  # a loss with groups has made them
     # Copies, where one is needed, must live until the last launch below.
@@ -148,16 +151,16 @@ def group_robust_forward(
         rows.average,
     )
     fits, alone = num_groups <= FUSED_GROUPS, whole_batch is None
-    # Stages: rows, pairs, alpha.
-    if num_rows:
-        launches.group_robust_forward(*arguments, (True, fits, fits and alone))
-    if not (num_rows and fits):
-        launches.group_robust_forward(*arguments, (False, True, alone))
+    # Stages: rows, clear, pairs, alpha.
+    launches.group_robust_forward(*arguments, (num_rows > 0, fits, True, fits and alone))
     if whole_batch is not None:
         sums, counts = whole_batch(tables.groups[SUMS], tables.counts)
         tables.groups[SUMS].copy_(sums)
         tables.counts.copy_(counts)
-        launches.group_robust_forward(*arguments, (False, False, True))
+    if not fits:
+        finish_many_groups(tables, ids, groups)
+    elif not alone:
+        launches.group_robust_forward(*arguments, (False, False, False, True))
     return tables
 
 

@@ -55,10 +55,11 @@ TRITON_IS_INSTALLED = importlib.util.find_spec("triton") is not None
 
 def _triton_not_usable_here() -> list[str]:
     if not TRITON_IS_INSTALLED:
-        return ["triton is not installed (a CUDA build of PyTorch brings it)"]
+        return ["triton is not installed (a build of PyTorch for CUDA or ROCm brings it)"]
     if not torch.cuda.is_available() and not _triton_interprets():
         return [
-            "there is no CUDA device (tests run it on the CPU with TRITON_INTERPRET=1, set before triton is imported)"
+            "there is no CUDA device, as PyTorch calls ROCm's, too "
+            "(tests run it on the CPU with TRITON_INTERPRET=1, set before triton is imported)"
         ]
     return []
 
@@ -130,6 +131,8 @@ def _cuda_not_usable_here() -> list[str]:
         return [EXTENSION_PROBLEM]
     if CUDA_BUILD is None:
         return ["the extension was built without CUDA kernels: pip install -e . with nvcc on the PATH"]
+    if torch.version.hip is not None:
+        return ["this PyTorch is for ROCm, whose GPUs do not run CUDA kernels"]
     if not torch.cuda.is_available():
         return ["there is no CUDA device"]
     return []
@@ -156,7 +159,7 @@ def _cuda_cannot_run(request: Request) -> list[str]:
 BACKENDS: list[BackendEntry] = [
     BackendEntry(
         "triton",
-        "Triton kernels, NVIDIA GPUs",
+        "Triton kernels, NVIDIA GPUs; AMD GPUs under ROCm (compiled, never run)",
         "grpo_kernels.kernels.triton",
         _triton_not_usable_here,
         _triton_cannot_run,

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from grpo_kernels.batch import Rows
+from grpo_kernels.groups.rules import moved_log_alpha
 from grpo_kernels.kernels.rows import new_token_outputs
 
 LOGPS, REWARDS, COEFFICIENTS, TOKEN_SCALES = range(4)
@@ -24,6 +25,9 @@ The losses that are fused are functions of the margin h: the slope in the reject
 SUMS, GROUP_LOSSES, ALPHA, FACTORS, GROUP_COEFFICIENTS = range(5)
 """Rows of `groups`: the sums of l_i; L_g; alpha_g(new); d L_g / d l_i; d loss / d l_i."""
 
+FUSED_GROUPS = 256
+"""Up to so many groups, the last block of the forward's launch clears sums and moves alpha. Not measured yet."""
+
 
 class GroupRobustTables(NamedTuple):
     loss: Tensor  # ()
@@ -32,7 +36,7 @@ class GroupRobustTables(NamedTuple):
     groups: Tensor  # (5, K) float64
     counts: Tensor  # (K,) int64
     lse: Tensor  # (..., 2)
-    row_sequence: Tensor  # (rows,) int32 for packed rows, else empty
+    row_sequence: Tensor  # (rows,) int32 for packed rows, -1 for those of no sequence; else empty
 
     @classmethod
     def empty(cls, logits: Tensor, rows: Rows, num_groups: int) -> GroupRobustTables:
@@ -72,6 +76,65 @@ class GroupState:
     process_group: str = ""
     gradient_scale: float = 1.0
     clock: Tensor | None = None  # (3,) int64
+
+
+def new_tables(logits: Tensor, rows: Rows, num_groups: int) -> tuple[GroupRobustTables, Tensor, Tensor]:
+    """(tables, (2, S) float64 for sums of token_logps and counts of tokens, (S + 1,) int32 tickets) of a launch.
+
+    The latter two are zeros, by one launch: a sequence without rows has no program that writes its sum. So are sums and
+    counts of more than FUSED_GROUPS, which the one block that adds to them does not clear.
+    """
+    num_sequences = rows.num_sequences
+    words = logits.new_zeros(5 * num_sequences + 1, dtype=torch.int32)
+    logps = words[: 4 * num_sequences].view(torch.float64).view(2, num_sequences)
+    tables = GroupRobustTables.empty(logits, rows, num_groups)
+    if num_groups > FUSED_GROUPS:
+        tables.groups[SUMS].zero_()
+        tables.counts.zero_()
+    return tables, logps, words[4 * num_sequences :]
+
+
+def finish_many_groups(tables: GroupRobustTables, group_ids: Tensor, state: GroupState) -> None:
+    """From the sums and counts: move alpha, fill the rest of the tables and the loss.
+
+    What the one block of a kernel does for up to FUSED_GROUPS, by PyTorch's operators, which share many groups out.
+    """
+    log_alpha, sums, counts = state.log_alpha, tables.groups[SUMS], tables.counts
+    num_groups = log_alpha.shape[0]
+    sizes = torch.ones_like(log_alpha) if state.group_sizes is None else state.group_sizes.double()
+    if state.estimator == "importance":  # an absent group's loss of 0 is unbiased as it stands
+        factors = sizes.sum() / sizes / counts.sum().clamp(min=1)
+        present = torch.ones_like(counts, dtype=torch.bool)
+    else:
+        factors = 1 / counts.clamp(min=1).double()
+        present = counts > 0
+    losses = factors * sums
+    if state.update == "inline":
+        finite = sums.isfinite().all()
+        scores = losses + state.adjustment / sizes.sqrt() if state.adjustment else losses
+        moved = moved_log_alpha(
+            log_alpha,
+            scores,
+            present,
+            log_alpha,
+            rule="exponentiated_gradient",
+            parameter=state.step_size * state.chi,
+            floor=state.floor,
+        )
+        log_alpha.copy_(torch.where(finite & present.any() & counts.any(), moved, log_alpha))
+        state.skipped_updates.add_(~finite)
+    elif state.update == "lagged":
+        state.pending_sums.add_(sums)
+        state.pending_counts.add_(counts)
+    alpha = log_alpha.exp()
+    weights = (1 - state.chi) / num_groups + state.chi * alpha
+    tables.loss.copy_((weights * losses).sum())
+    factors = factors * state.gradient_scale  # from here on for gradients only
+    torch.stack([losses, alpha, factors, weights * factors], out=tables.groups[GROUP_LOSSES:])
+    group = torch.where((group_ids >= 0) & (group_ids < num_groups), group_ids, 0).long()
+    tables.pairs[PAIR_FACTORS] = factors[group].to(tables.pairs.dtype)
+    dh = tables.pairs[SLOPES].double() * tables.groups[GROUP_COEFFICIENTS, group]
+    tables.sequences[COEFFICIENTS] = (torch.cat([dh, -dh]) * tables.sequences[TOKEN_SCALES]).to(tables.sequences.dtype)
 
 
 def token_gradients(

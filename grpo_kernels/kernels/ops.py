@@ -21,7 +21,7 @@ from grpo_kernels.kernels.group_robust import GroupRobustTables, GroupState
 from grpo_kernels.kernels.linear import LinearHead
 from grpo_kernels.kernels.linear_pairs import Forecast, Swept
 from grpo_kernels.kernels.linear_plan import LinearPlan
-from grpo_kernels.kernels.rows import new_token_outputs
+from grpo_kernels.kernels.rows import empty_gradient, new_token_outputs
 
 ROWS = Flat(Rows, outside=("vocab_shard", "context_group"))
 PAIRS = Flat(Pairs)
@@ -89,13 +89,13 @@ def _token_logps_fake(logits: Tensor, labels: Tensor, ignore_index: int, backend
 def _token_logps_backward(
     dtoken_logps: Tensor, logits: Tensor, labels: Tensor, lse: Tensor, ignore_index: int, backend: str
 ) -> Tensor:
-    dlogits = logits.new_empty(logits.shape)
+    dlogits = empty_gradient(logits)
     dispatch.kernels_of(backend).token_logps_backward(dtoken_logps, logits, labels, lse, ignore_index, dlogits)
     return dlogits
 
 
 def _token_logps_backward_fake(dtoken_logps: Tensor, logits: Tensor, *_: Any) -> Tensor:
-    return logits.new_empty(logits.shape)
+    return empty_gradient(logits)
 
 
 def _token_logps_backward_inplace(
@@ -202,8 +202,7 @@ def _group_robust_loss_backward(*arguments: Any) -> Tensor:
 
 
 def _group_robust_loss_backward_fake(*arguments: Any) -> Tensor:
-    logits = _logits_of(arguments)
-    return logits.new_empty(logits.shape)
+    return empty_gradient(_logits_of(arguments))
 
 
 def _group_robust_loss_backward_inplace(*arguments: Any) -> None:

@@ -21,6 +21,23 @@ def new_token_outputs(x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     return token_logps, token_logps.new_empty((*labels.shape, 2))
 
 
+def empty_gradient(logits: Tensor) -> Tensor:
+    """Not filled. With the strides of the logits its rows begin where theirs do between two 16-byte boundaries, so that
+    both are reached 16 bytes at a time; logits[:, :-1] of an odd vocabulary is the case in point.
+
+    Contiguous where those strides would overlap, or leave more memory unused than they use.
+    """
+    sizes = sorted(zip(logits.stride(), logits.shape, strict=True))
+    used = 1
+    for stride, size in sizes:
+        if size > 1 and stride < used:
+            return logits.new_empty(logits.shape)
+        used += (size - 1) * stride
+    if used > 2 * logits.numel():
+        return logits.new_empty(logits.shape)
+    return logits.new_empty_strided(logits.shape, logits.stride())
+
+
 def blocks(rows: Tensor, *others: Tensor | None) -> Iterator[tuple]:
     """2-D views that together cover ``rows`` (..., W), with the matching pieces of the ``others``; copies nothing.
 

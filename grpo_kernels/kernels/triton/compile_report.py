@@ -1,23 +1,24 @@
-"""Compile every kernel to a cubin without a GPU, and say what came out: registers, spills, shared memory, load widths.
+"""Compile the Triton kernels for GPUs that are not here: NVIDIA's to a cubin, AMD's to assembly. What came out is read
+by kernels/machine_code.py.
 
-Needs Triton's NVIDIA compiler, which its Linux wheels carry, and a process without TRITON_INTERPRET.
+Needs the compilers that Triton's Linux wheels carry, and a process without TRITON_INTERPRET.
 """
 
 from __future__ import annotations
 
-import inspect
 import os
 import re
-import subprocess
-import tempfile
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-CAPABILITIES = (80, 90, 100)
-SHARED_MEMORY_LIMIT = {80: 166_912, 90: 232_448, 100: 232_448}  # bytes a block may use
+import torch
+
+from grpo_kernels.kernels.gate import SHAPE_CLASSES, Report
+from grpo_kernels.kernels.machine_code import Code, Resources, kernels_of_cubin
+from grpo_kernels.kernels.triton.tiles import Tile, tile_for
+
+TARGETS = (80, 90, 100, "gfx942", "gfx950")
 POINTER = {"bfloat16": "*bf16", "float16": "*fp16", "float32": "*fp32", "float64": "*fp64"}
 LOGITS = ("logits_ptr", "out_ptr")
 INT64 = (
@@ -35,7 +36,6 @@ POINTERS = {
     **dict.fromkeys(FLOAT64, "*fp64"),
     **dict.fromkeys(("tickets_ptr", "row_sequence_ptr"), "*i32"),
 }
-ITEMSIZE = {"bfloat16": 2, "float16": 2, "float32": 4, "float64": 8}
 
 
 @dataclass(frozen=True)
@@ -44,40 +44,44 @@ class Variant:
 
     kernel: str
     dtype: str
-    aligned: bool  # rows begin at 16-byte boundaries (V a multiple of 16)
+    edges: bool
+    strided: bool
+    packed: bool
     splits: int = 1
 
-    @property
-    def name(self) -> str:
-        return f"{self.kernel}[{self.dtype}, V {'% 16 == 0' if self.aligned else 'odd'}, splits {self.splits}]"
+
+def variant_of(kernel: str, dtype: str, shape_class: str, splits: int = 1) -> Variant:
+    """What a launch with logits of this class is compiled as."""
+    from grpo_kernels.kernels.triton.logps import layout
+
+    logits = SHAPE_CLASSES[shape_class](getattr(torch, dtype))
+    of_rows = layout(logits, skipped=0)
+    packed = logits.dim() == 2 and kernel != "_logps_fwd_kernel"  # to which packed rows are like others
+    return Variant(kernel, dtype, of_rows["EDGES"], of_rows["STRIDED"], packed, splits)
 
 
-@dataclass(frozen=True)
-class Compiled:
-    variant: str
-    capability: int
-    registers: int
-    spill_bytes: int
-    shared_bytes: int
-    global_access: dict[str, int]
-    """How often each width of global load (LDG) and store (STG) stands in the machine code, e.g. {"LDG.128": 2}."""
+def tile_of(variant: Variant) -> Tile:
+    pass_name = "backward" if "bwd" in variant.kernel else "forward"
+    return tile_for(pass_name, getattr(torch, variant.dtype).itemsize, 128_256, variant.strided)
 
 
-def variants() -> Iterator[Variant]:
+def variants() -> Iterator[tuple[Variant, list[str]]]:
+    """Every variant, with the shape classes that it serves."""
     for dtype in ("bfloat16", "float16", "float32"):
-        for aligned in (True, False):
-            yield Variant("_logps_fwd_kernel", dtype, aligned)
-            yield Variant("_logps_bwd_kernel", dtype, aligned)
-    yield Variant("_logps_fwd_kernel", "bfloat16", True, splits=8)
-    yield Variant("_merge_splits_kernel", "bfloat16", True, splits=8)
-    for aligned in (True, False):
-        yield Variant("_group_robust_fwd_kernel", "bfloat16", aligned)
-    yield Variant("_group_robust_fwd_kernel", "float32", True)
-    yield Variant("_group_robust_fwd_kernel", "bfloat16", True, splits=8)
+        for kernel in ("_logps_fwd_kernel", "_logps_bwd_kernel", "_group_robust_fwd_kernel"):
+            served: dict[Variant, list[str]] = {}
+            for shape_class in SHAPE_CLASSES:
+                served.setdefault(variant_of(kernel, dtype, shape_class), []).append(shape_class)
+            yield from served.items()
+    for kernel in ("_logps_fwd_kernel", "_merge_splits_kernel", "_group_robust_fwd_kernel"):
+        yield variant_of(kernel, "bfloat16", "V odd", splits=8), ["V odd"]
 
 
-def compile_variant(variant: Variant, capability: int) -> Compiled:
+def compile_variant(variant: Variant, target: int | str, serves: list[str]) -> Report:
     """
+    Args:
+        target: 90 for sm_90, or the name of an AMD architecture.
+
     Raises:
         RuntimeError: the process has TRITON_INTERPRET set, so there is nothing to compile.
     """
@@ -90,42 +94,49 @@ def compile_variant(variant: Variant, capability: int) -> Compiled:
     from grpo_kernels.kernels.triton import group_robust, logps
 
     kernel = getattr(group_robust if "group_robust" in variant.kernel else logps, variant.kernel)
-    signature, constants, options = _specialisation(variant, kernel.arg_names)
+    signature, constants = _specialisation(variant, kernel.arg_names)
     names = list(signature)
+    tile = tile_of(variant)
+    lanes = 32 if isinstance(target, int) else 64
+    options = {"num_warps": 4} if variant.kernel == "_merge_splits_kernel" else tile.launch_options(lanes)
     compiled = triton.compile(
         ASTSource(
             fn=kernel,
             signature=signature,
             constexprs={(names.index(name),): value for name, value in constants.items()},
-            attrs={(names.index(name),): [["tt.divisibility", 16]] for name in _divisible(variant, signature)},
+            attrs={(names.index(name),): [["tt.divisibility", 16]] for name in names if name.endswith("_ptr")},
         ),
-        target=GPUTarget("cuda", capability, 32),
+        target=GPUTarget("cuda", target, 32) if isinstance(target, int) else GPUTarget("hip", target, 64),
         options=options,
     )
-    registers, spills = _resources(compiled.asm["ptx"], capability)
-    widths = _global_access(compiled.asm["cubin"])
-    return Compiled(variant.name, capability, registers, spills, compiled.metadata.shared, widths)
+    if isinstance(target, int):
+        ((resources, code),) = kernels_of_cubin(compiled.asm["cubin"]).values()
+    else:
+        resources, code = _amd_resources(compiled.asm["amdgcn"]), Code.parsed(compiled.asm["amdgcn"], amd=True)
+    name = f"{variant.kernel}, splits {variant.splits}" if variant.splits > 1 else variant.kernel
+    return Report.of("triton", name, variant.dtype, serves, target, tile.threads, resources, code)
 
 
-def _specialisation(variant: Variant, names: list[str]) -> tuple[dict[str, str], dict[str, Any], dict[str, int]]:
-    """(signature, constants, options) as a launch of the kernel on contiguous logits would have them."""
+def _specialisation(variant: Variant, names: list[str]) -> tuple[dict[str, str], dict[str, Any]]:
+    """(signature, constants) as a launch of the kernel would have them."""
     import triton.language as tl
 
-    from grpo_kernels.kernels.triton import group_robust, logps, tiles
+    from grpo_kernels.kernels.triton import group_robust, logps
 
-    itemsize = ITEMSIZE[variant.dtype]
-    tile = tiles.TILES["backward" if "bwd" in variant.kernel else "forward", itemsize]
+    tile = tile_of(variant)
     values = {
-        "stride_v": 1,
-        "out_stride_v": 1,
         "BLOCK": tile.block,
+        "THREADS": tile.threads,
         "SPLITS": variant.splits,
-        "ALIGN": 1 if variant.aligned else logps.BYTES_A_LOAD // itemsize,
-        "ACC": tl.float64 if variant.dtype == "float64" else tl.float32,
+        "EDGES": variant.edges,
+        "STRIDED": variant.strided,
+        "ALIKE": not variant.strided,
+        "ACC": tl.float32,
         "MERGED_ROWS": logps.MERGED_ROWS,
         "HAS_FACTOR": True,
+        "PACKED": variant.packed,
         # The fused forward with everything that a user may ask for at once.
-        **dict.fromkeys(("ROWS", "PAIRS", "ALPHA", "PACKED", "AVERAGE", "IMPORTANCE"), True),
+        **dict.fromkeys(("ROWS", "PAIRS", "ALPHA", "AVERAGE", "IMPORTANCE", "CLEAR"), True),
         **dict.fromkeys(("HAS_REF", "HAS_BETA", "HAS_MARGIN", "HAS_WEIGHTS"), True),
         **{"LOSS": "sigmoid", "ADJUSTMENT": 1.0, "FLOOR": 0.1, "CHI": 0.5, "UPDATE": "inline"},
         **{name: getattr(group_robust, name) for name in ("BLOCK_T", "BLOCK_B", "BLOCK_K")},
@@ -138,60 +149,18 @@ def _specialisation(variant: Variant, names: list[str]) -> tuple[dict[str, str],
             signature[name] = POINTERS.get(name) or POINTER[variant.dtype if name in LOGITS else "float32"]
         else:
             signature[name] = "fp32" if name.endswith(("_high", "_low", "gradient_scale")) else "i32"
-    num_warps = 4 if variant.kernel == "_merge_splits_kernel" else tile.num_warps
-    return signature, {name: values[name] for name in names if name in values}, {"num_warps": num_warps}
+    return signature, {name: values[name] for name in names if name in values}
 
 
-def _divisible(variant: Variant, signature: dict[str, str]) -> list[str]:
-    """Pointers of PyTorch's allocator are, and so are V and the strides of aligned rows."""
-    sizes = {"V", "stride_s", "stride_t", "out_stride_s", "out_stride_t"} if variant.aligned else set()
-    return [name for name, kind in signature.items() if kind.startswith("*") or name in sizes]
+def _amd_resources(assembly: str) -> Resources:
+    def number(name: str) -> int:
+        found = re.search(rf"\.{name}:\s*(\d+)", assembly)
+        return int(found[1]) if found else 0
+
+    spilled = 4 * number("vgpr_spill_count") + 4 * number("sgpr_spill_count")
+    return Resources(number("vgpr_count"), spilled, number("group_segment_fixed_size"))
 
 
-def _resources(ptx: str, capability: int) -> tuple[int, int]:
-    """(registers a thread, bytes spilled) by ptxas."""
-    from triton.backends.nvidia.compiler import get_ptxas, sm_arch_from_capability
-
-    # Triton 3.4 has one assembler for all architectures, and later versions choose in different ways.
-    ptxas = get_ptxas(capability) if inspect.signature(get_ptxas).parameters else get_ptxas()
-    with tempfile.TemporaryDirectory() as folder:
-        source = Path(folder) / "kernel.ptx"
-        source.write_text(ptx)
-        command = [ptxas.path, "-v", f"--gpu-name={sm_arch_from_capability(capability)}"]
-        said = subprocess.run(
-            [*command, str(source), "-o", str(Path(folder) / "kernel.o")], capture_output=True, text=True, check=True
-        ).stderr
-    registers = int(re.search(r"Used (\d+) registers", said)[1])  # type: ignore[index]
-    return registers, sum(map(int, re.findall(r"(\d+) bytes spill (?:stores|loads)", said)))
-
-
-def _global_access(cubin: bytes) -> dict[str, int]:
-    import triton
-
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        listing = subprocess.run([tool, "-sass", file.name], capture_output=True, text=True, check=True).stdout
-    widths: Counter[str] = Counter()
-    for kind, modifiers in re.findall(r"\b(LDG|STG)((?:\.\w+)*)", listing):
-        width = re.search(r"\.(128|64|U16|S16|U8|S8)\b", modifiers)
-        widths[f"{kind}.{width[1] if width else '32'}"] += 1
-    return dict(sorted(widths.items()))
-
-
-def report(capabilities: tuple[int, ...] = CAPABILITIES) -> list[Compiled]:
-    """Every variant for every capability, in order."""
-    return [compile_variant(variant, capability) for variant in variants() for capability in capabilities]
-
-
-def problems(compiled: list[Compiled]) -> list[str]:
-    """What must not be: spilled registers, more shared memory than a block may use."""
-    found = []
-    for one in compiled:
-        where = f"{one.variant} for sm_{one.capability}"
-        if one.spill_bytes:
-            found.append(f"{where} spills {one.spill_bytes} bytes")
-        if one.shared_bytes > SHARED_MEMORY_LIMIT[one.capability]:
-            found.append(f"{where} wants {one.shared_bytes} bytes of shared memory")
-    return found
+def report(targets: tuple[int | str, ...] = TARGETS) -> list[Report]:
+    """Every variant for every target, in order."""
+    return [compile_variant(variant, target, serves) for variant, serves in variants() for target in targets]

@@ -109,16 +109,18 @@ def pairs_and_group_sums(
     HAS_BETA: tl.constexpr,
     HAS_MARGIN: tl.constexpr,
     HAS_WEIGHTS: tl.constexpr,
+    CLEAR: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """Fill LOGPS, REWARDS, PAIR_LOSSES, SLOPES, SUMS and the counts."""
+    """Fill LOGPS, REWARDS, PAIR_LOSSES and SLOPES; add to SUMS and the counts, which are zeros unless CLEAR."""
     B = S // 2
     e = _join(e_high, e_low)
-    for first in range(0, K, BLOCK_K):
-        groups = first + tl.arange(0, BLOCK_K)
-        tl.store(group_ptr + groups, tl.zeros((BLOCK_K,), tl.float64), groups < K)
-        tl.store(counts_ptr + groups, tl.zeros((BLOCK_K,), tl.int64), groups < K)
+    if CLEAR:
+        for first in range(0, K, BLOCK_K):
+            groups = first + tl.arange(0, BLOCK_K)
+            tl.store(group_ptr + SUMS * K + groups, tl.zeros((BLOCK_K,), tl.float64), groups < K)
+            tl.store(counts_ptr + groups, tl.zeros((BLOCK_K,), tl.int64), groups < K)
     for first in range(0, B, BLOCK_B):
         i = first + tl.arange(0, BLOCK_B)
         inside = i < B
@@ -159,15 +161,18 @@ def pairs_and_group_sums(
         inside = i < B
         group = _safe_group(group_ids_ptr, i, inside, K)
         total = tl.zeros((BLOCK_B,), tl.float64)
-        count = tl.zeros((BLOCK_B,), tl.int32)
-        for j in range(0, B):
+        count = tl.zeros((BLOCK_B,), tl.int64)
+        for j in range(first, tl.minimum(first + BLOCK_B, B)):
             same = group == _safe_group(group_ids_ptr, j, j < B, K)
             total += tl.where(same, tl.load(pair_ptr + PAIR_LOSSES * B + j).to(tl.float64), 0.0)
-            count += same.to(tl.int32)
-        # Every pair of a group stores the same numbers.
+            count += same.to(tl.int64)
+        # Every pair of a group adds the same numbers to the same sum, and stores the same.
+        total += tl.load(group_ptr + SUMS * K + group, inside, other=0.0)
+        count += tl.load(counts_ptr + group, inside, other=0)
+        tl.debug_barrier()  # all have read
         tl.store(group_ptr + SUMS * K + group, total, inside)
         tl.store(counts_ptr + group, count, inside)
-    tl.debug_barrier()  # sums are read by other threads
+        tl.debug_barrier()  # sums are read by the next block's threads
 
 
 @triton.jit

@@ -1,8 +1,9 @@
 """The whole forward of GroupRobustLoss in one launch: rows, then sequences, then the loss.
 
-Each program reads one row of logits (or a split of it) and takes a ticket of its sequence; the last one to arrive adds
-up the sequence's token_logps. Then each takes a ticket of the launch; the last one does what finish.py describes.
-Tickets are integers and sums are taken in a fixed order, so the result is the same from run to run.
+Each program reads one row of logits (or a split of it) and takes a ticket of its sequence. The last one to arrive adds
+up the sequence's token_logps and takes as many tickets of the launch as the sequence has rows; who takes the last of
+those does what finish.py describes. Tickets are integers and sums are taken in a fixed order, so the result is the same
+from run to run.
 
 Traffic: one read of the logits of counted rows; 12 bytes a row of workspace; O(sequences + groups) at the end.
 """
@@ -18,12 +19,22 @@ import triton.language as tl
 from torch import Tensor
 
 from grpo_kernels.batch import Pairs, Rows
-from grpo_kernels.kernels.group_robust import SUMS, GroupRobustTables, GroupState
+from grpo_kernels.kernels.group_robust import (
+    FUSED_GROUPS,
+    SUMS,
+    GroupRobustTables,
+    GroupState,
+    finish_many_groups,
+    new_tables,
+)
 from grpo_kernels.kernels.rows import accumulation_dtype
 from grpo_kernels.kernels.triton.finish import alpha_loss_and_coefficients, pairs_and_group_sums, split_number
 from grpo_kernels.kernels.triton.logps import (
-    alignment,
+    NOT_SPECIALISED,
+    aligned_origin,
     device_of,
+    label_of,
+    layout,
     merge_rows,
     multiprocessors,
     positions,
@@ -33,6 +44,7 @@ from grpo_kernels.kernels.triton.logps import (
     store_partial,
     store_row,
     strides_of,
+    triton_dtype,
 )
 from grpo_kernels.kernels.triton.tiles import row_splits, tile_for
 
@@ -40,14 +52,11 @@ from grpo_kernels.kernels.triton.tiles import row_splits, tile_for
 BLOCK_T = 128  # 256 spills on sm_100
 BLOCK_B = 256
 BLOCK_K = 256
-# With more groups, the finish is a second launch of one program with wider blocks. Not measured yet.
-FUSED_GROUPS = 4096
-WIDE_BLOCK_K = 4096
 
 
 @triton.jit
 def _sequence_of(row, cu_seqlens_ptr, S):
-    """The last s with cu_seqlens[s] <= row; always in [0, S)."""
+    """The last s in [0, S) with cu_seqlens[s] <= row. Rows outside the sequences get one of them, too."""
     low = tl.zeros((), tl.int32)
     high = low + S
     while high - low > 1:
@@ -73,6 +82,7 @@ def _finish_sequence(
     T,
     V,
     S,
+    skipped,
     stride_s,
     stride_t,
     stride_v,
@@ -91,7 +101,7 @@ def _finish_sequence(
             token_logps = tl.load(token_logps_ptr + rows, inside, other=0.0, cache_modifier=".cg")
         else:
             token_logps = merge_rows(
-                logits_ptr, labels_ptr, token_logps_ptr, lse_ptr, partial_ptr, rows, inside, num_rows, T, V,
+                logits_ptr, labels_ptr, token_logps_ptr, lse_ptr, partial_ptr, rows, inside, num_rows, T, V, skipped,
                 stride_s, stride_t, stride_v, ignore_index, SPLITS, ACC,
             )  # fmt: skip
         total += tl.where(inside, token_logps, 0.0).to(tl.float64)
@@ -101,15 +111,15 @@ def _finish_sequence(
     tl.store(logps_ptr + S + sequence, tl.sum(count, 0).to(tl.float64))
 
 
-@triton.jit(do_not_specialize=["num_rows", "T", "S", "K"])
+@triton.jit(do_not_specialize=[*NOT_SPECIALISED, "S", "K"])
 def _group_robust_fwd_kernel(
-    logits_ptr,  # (S, T, V), or (rows, V) when PACKED, by its strides
+    logits_ptr,  # the 16-byte boundary at or before (S, T, V), or (rows, V) when PACKED, by its strides
     labels_ptr,  # (rows,)
     cu_seqlens_ptr,  # (S + 1,) when PACKED
     token_logps_ptr,  # (rows,)
     lse_ptr,  # (rows, 2)
     partial_ptr,  # (2, rows, SPLITS) when SPLITS > 1
-    row_sequence_ptr,  # (rows,) when PACKED
+    row_sequence_ptr,  # (rows,) when PACKED: -1 for rows of no sequence
     tickets_ptr,  # (S + 1,) zeros: one for each sequence, then that of the launch
     logps_ptr,  # (2, S) float64
     sequence_ptr,  # (4, S)
@@ -132,6 +142,7 @@ def _group_robust_fwd_kernel(
     V,
     S,
     K,
+    skipped,
     stride_s,
     stride_t,
     stride_v,
@@ -148,8 +159,10 @@ def _group_robust_fwd_kernel(
     ALPHA: tl.constexpr,
     PACKED: tl.constexpr,
     BLOCK: tl.constexpr,
+    THREADS: tl.constexpr,
     SPLITS: tl.constexpr,
-    ALIGN: tl.constexpr,
+    EDGES: tl.constexpr,
+    STRIDED: tl.constexpr,
     ACC: tl.constexpr,
     LOSS: tl.constexpr,
     AVERAGE: tl.constexpr,
@@ -162,6 +175,7 @@ def _group_robust_fwd_kernel(
     FLOOR: tl.constexpr,
     CHI: tl.constexpr,
     UPDATE: tl.constexpr,
+    CLEAR: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -171,46 +185,58 @@ def _group_robust_fwd_kernel(
     if ROWS:
         row = tl.program_id(0).to(tl.int64)
         split = tl.program_id(1)
+        total = num_rows.to(tl.int64)  # rows of all sequences
         if PACKED:
             sequence = _sequence_of(row, cu_seqlens_ptr, S)
             begin = tl.load(cu_seqlens_ptr + sequence).to(tl.int64)
             end = tl.load(cu_seqlens_ptr + sequence + 1).to(tl.int64)
+            total = tl.load(cu_seqlens_ptr + S).to(tl.int64) - tl.load(cu_seqlens_ptr).to(tl.int64)
+            belongs = (row >= begin) & (row < end)
             if split == 0:
-                tl.store(row_sequence_ptr + row, sequence)
+                tl.store(row_sequence_ptr + row, tl.where(belongs, sequence, -1))
         else:
-            sequence = (row // T).to(tl.int32)
-            begin = (row // T) * T
+            sequence = row.to(tl.int32) // T
+            begin = sequence.to(tl.int64) * T
             end = begin + T
+            belongs = True
         label = tl.load(labels_ptr + row)
-        if label != ignore_index:
-            start = row_offset(row, T, stride_s, stride_t)
-            row_max, row_sum = scan_row(logits_ptr, start, split, V, stride_v, BLOCK, SPLITS, ALIGN, ACC)
+        if (label != ignore_index) & belongs:
+            start = skipped + row_offset(row, T, stride_s, stride_t)
+            label_logit = label_of(logits_ptr, start, stride_v, V, label, ACC)
+            row_max, row_sum = scan_row(
+                logits_ptr, start, split, V, stride_v, BLOCK, THREADS, SPLITS, EDGES, STRIDED, ACC
+            )
             if SPLITS == 1:
-                store_row(logits_ptr, token_logps_ptr, lse_ptr, row, start, stride_v, V, label, row_max, row_sum, ACC)
+                store_row(token_logps_ptr, lse_ptr, row, label_logit, row_max, row_sum)
             else:
                 store_partial(partial_ptr, num_rows, row, split, row_max, row_sum, SPLITS)
         elif split == 0:
             store_ignored_row(token_logps_ptr, lse_ptr, row)
 
-        # Each program's stores come before its ticket (release), the finisher's loads after it (acquire). The barriers
-        # keep the block's other threads on the right side of the one that takes the ticket.
-        tl.debug_barrier()
-        arrived = tl.atomic_add(tickets_ptr + sequence, 1, sem="acq_rel", scope="gpu")
-        tl.debug_barrier()
-        if arrived == (end - begin) * SPLITS - 1:
-            _finish_sequence(
-                logits_ptr, labels_ptr, token_logps_ptr, lse_ptr, partial_ptr, logps_ptr, sequence, begin, end,
-                num_rows, T, V, S, stride_s, stride_t, stride_v, ignore_index, SPLITS, ACC, BLOCK_T,
-            )  # fmt: skip
-        tl.debug_barrier()
-        is_last = tl.atomic_add(tickets_ptr + S, 1, sem="acq_rel", scope="gpu") == num_rows.to(tl.int64) * SPLITS - 1
-        tl.debug_barrier()
+        # Without any row in a sequence, somebody must do it.
+        is_last = (total == 0) & (row == 0) & (split == 0)
+        if belongs:
+            # Each program's stores come before its ticket (release), the finisher's loads after it (acquire). The
+            # barriers keep the block's other threads on the right side of the one that takes the ticket.
+            tl.debug_barrier()
+            arrived = tl.atomic_add(tickets_ptr + sequence, 1, sem="acq_rel", scope="gpu")
+            tl.debug_barrier()
+            if arrived == (end - begin) * SPLITS - 1:
+                _finish_sequence(
+                    logits_ptr, labels_ptr, token_logps_ptr, lse_ptr, partial_ptr, logps_ptr, sequence, begin, end,
+                    num_rows, T, V, S, skipped, stride_s, stride_t, stride_v, ignore_index, SPLITS, ACC, BLOCK_T,
+                )  # fmt: skip
+                tl.debug_barrier()
+                taken = (end - begin).to(tl.int32)
+                before = tl.atomic_add(tickets_ptr + S, taken, sem="acq_rel", scope="gpu")
+                is_last = before + taken == total
+                tl.debug_barrier()
     if is_last:
         if PAIRS:
             pairs_and_group_sums(
                 logps_ptr, sequence_ptr, pair_ptr, group_ptr, counts_ptr, ref_ptr, group_ids_ptr, beta_ptr, margin_ptr,
                 weights_ptr, beta_high, beta_low, e_high, e_low, S, K, LOSS, AVERAGE, HAS_REF, HAS_BETA, HAS_MARGIN,
-                HAS_WEIGHTS, BLOCK_B, BLOCK_K,
+                HAS_WEIGHTS, CLEAR, BLOCK_B, BLOCK_K,
             )  # fmt: skip
         if ALPHA:
             alpha_loss_and_coefficients(
@@ -232,24 +258,22 @@ def group_robust_forward(
     labels, num_sequences, num_groups = rows.labels, rows.num_sequences, groups.log_alpha.shape[0]
     num_rows, vocab_size = labels.numel(), logits.shape[-1]
     device, acc = logits.device, accumulation_dtype(logits)
-    tile = tile_for("forward", logits.itemsize, vocab_size)
+    tile = tile_for("forward", logits.itemsize, vocab_size, logits.stride(-1) != 1)
     if splits is None:
         splits = row_splits(num_rows, vocab_size, tile.block, multiprocessors(device))
 
-    tables = GroupRobustTables.empty(logits, rows, num_groups)
+    tables, logps, tickets = new_tables(logits, rows, num_groups)
     token_logps = torch.empty(num_rows, dtype=acc, device=device)
     partial = token_logps.new_empty(2 * num_rows * splits) if splits > 1 else token_logps
-    # Zeros in their own right: sequences without rows have no program that writes theirs.
-    logps = torch.zeros(2, num_sequences, dtype=torch.float64, device=device)
-    tickets = torch.zeros(num_sequences + 1, dtype=torch.int32, device=device)
 
     def pointer(tensor: Tensor | None) -> Tensor:
         return logps if tensor is None else tensor.contiguous()  # an unused pointer must point somewhere
 
+    origin, skipped = aligned_origin(logits)
     betas, beta = (pairs.beta, 0.0) if isinstance(pairs.beta, Tensor) else (None, pairs.beta)
     assert pairs.group_ids is not None  # a loss with groups has made them
     arguments: dict[str, Any] = {
-        "logits_ptr": logits,
+        "logits_ptr": origin,
         "labels_ptr": labels.contiguous(),
         "cu_seqlens_ptr": pointer(rows.cu_seqlens),
         "token_logps_ptr": token_logps,
@@ -278,7 +302,7 @@ def group_robust_forward(
         "V": vocab_size,
         "S": num_sequences,
         "K": num_groups,
-        **dict(zip(("stride_s", "stride_t", "stride_v"), strides_of(logits), strict=True)),
+        **dict(zip(("skipped", "stride_s", "stride_t", "stride_v"), (skipped, *strides_of(logits)), strict=True)),
         "ignore_index": rows.ignore_index,
     }
     arguments["gradient_scale"] = groups.gradient_scale
@@ -287,9 +311,10 @@ def group_robust_forward(
     options = {
         "PACKED": rows.cu_seqlens is not None,
         "BLOCK": tile.block,
+        "THREADS": tile.threads,
         "SPLITS": splits,
-        "ALIGN": alignment(logits),
-        "ACC": tl.float64 if acc == torch.float64 else tl.float32,
+        **layout(logits, skipped),
+        "ACC": triton_dtype(acc),
         "LOSS": pairs.loss_type,
         "AVERAGE": rows.average,
         "HAS_REF": pairs.ref_logps is not None,
@@ -301,24 +326,26 @@ def group_robust_forward(
         "FLOOR": groups.floor,
         "CHI": groups.chi,
         "UPDATE": groups.update,
+        "CLEAR": num_groups <= FUSED_GROUPS,
         "BLOCK_T": BLOCK_T,
         "BLOCK_B": BLOCK_B,
-        "num_warps": tile.num_warps,
+        "BLOCK_K": BLOCK_K,
+        **tile.launch_options(),
     }
     fits, alone = num_groups <= FUSED_GROUPS, whole_batch is None
 
     def launch(*grid: int, **stages: bool) -> None:
-        block_k = BLOCK_K if fits else WIDE_BLOCK_K
         with device_of(logits):
-            _group_robust_fwd_kernel[grid](**arguments, **options, **stages, BLOCK_K=block_k)
+            _group_robust_fwd_kernel[grid](**arguments, **options, **stages)
 
-    if num_rows:
-        launch(num_rows, splits, ROWS=True, PAIRS=fits, ALPHA=fits and alone)
-    if not (num_rows and fits):
-        launch(1, ROWS=False, PAIRS=True, ALPHA=alone)
+    grid = (num_rows, splits) if num_rows else (1,)
+    launch(*grid, ROWS=num_rows > 0, PAIRS=True, ALPHA=fits and alone)
     if whole_batch is not None:
         sums, counts = whole_batch(tables.groups[SUMS], tables.counts)
         tables.groups[SUMS].copy_(sums)
         tables.counts.copy_(counts)
+    if not fits:
+        finish_many_groups(tables, pairs.group_ids, groups)
+    elif not alone:
         launch(1, ROWS=False, PAIRS=False, ALPHA=True)
     return tables

@@ -5,8 +5,13 @@
 
 Traffic: the forward reads V, the backward reads V and writes V; an ignored row is not read, only its gradient written.
 
-Each lane of 16 bytes keeps a running maximum and sum of its own columns, so that no step of the loop waits for other
-threads. Lanes, and the splits of a row, are merged at the end in a fixed order.
+A row is read 16 bytes at a time, from the first 16-byte boundary in it to the last: its vectors. The elements before
+and behind them, fewer than 16 bytes each, are its edges. Each thread keeps a running maximum and sum of its own
+columns, so that no step of the loop waits for others. Threads, and the splits of a row, are merged at the end in a
+fixed order.
+
+exp(x) is exp2(x * LOG2E), which is the instruction that GPUs have. LOG2E multiplies differences only: at a logit of 1e4
+its product would be rounded by 1e-3.
 """
 
 from __future__ import annotations
@@ -20,25 +25,66 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from grpo_kernels.kernels.rows import accumulation_dtype
 from grpo_kernels.kernels.triton.tiles import row_splits, tile_for
 
 # The running maximum starts at a finite number: at a masked logit, -inf minus -inf would be NaN.
-LOWEST = tl.constexpr(-3.0e38)
+LOWEST = tl.constexpr(-2.0e38)
+LOG2E = tl.constexpr(1.4426950408889634)
 MERGED_ROWS = 128
 BYTES_A_LOAD = 16
 
 
 @triton.jit
 def row_offset(row, T, stride_s, stride_t):
-    """Element offset of row number ``row`` (int64: rows * V passes 2**31)."""
-    return (row // T) * stride_s + (row % T) * stride_t
+    """Element offset (int64: rows * V passes 2**31) of row number ``row`` (below 2**31, as the grid is)."""
+    row = row.to(tl.uint32)  # whose division is the shorter one
+    sequence = row // T.to(tl.uint32)
+    return sequence.to(tl.int64) * stride_s + (row - sequence * T.to(tl.uint32)).to(tl.int64) * stride_t
+
+
+@triton.jit
+def _element(column, stride_v, STRIDED: tl.constexpr):
+    """Offset of a column. A strided vocabulary, such as that of a transposed (V, N), needs 64 bits."""
+    if STRIDED:
+        return column.to(tl.int64) * stride_v
+    else:
+        return column
+
+
+@triton.jit
+def _multiple(offset, LANE: tl.constexpr):
+    """An offset that is a multiple of LANE, so that Triton sees it. (The hint tl.multiple_of is lost by inlining.)"""
+    return (offset.to(tl.uint64) // LANE * LANE).to(tl.int64)
+
+
+@triton.jit
+def _vectors_of(x_ptr, start, V, EDGES: tl.constexpr, STRIDED: tl.constexpr):
+    """(pointer to the first vector, columns before it if there are so many, vectors) of the row that begins there."""
+    LANE: tl.constexpr = 128 // x_ptr.dtype.element_ty.primitive_bitwidth  # elements of a vector
+    if STRIDED:  # its vectors are only so called
+        return x_ptr + start, V * 0, (V.to(tl.uint32) // LANE).to(tl.int32)
+    if not EDGES:
+        return x_ptr + _multiple(start, LANE), V * 0, (V.to(tl.uint32) // LANE).to(tl.int32)
+    head = ((LANE - start % LANE) % LANE).to(tl.int32)
+    vectors = (tl.maximum(V - head, 0).to(tl.uint32) // LANE).to(tl.int32)
+    return x_ptr + _multiple(start + head, LANE), head, vectors
+
+
+@triton.jit
+def _edge_columns(head, vectors, V, LANE: tl.constexpr, LANES: tl.constexpr):
+    """(columns relative to the first vector, which of them are edges): one a thread, for the first threads."""
+    e = tl.arange(0, LANES)
+    column = tl.where(e < LANE, e - head, vectors * LANE + e - LANE)
+    return column, ((e < head) & (e < V)) | ((e >= LANE) & (e < 2 * LANE) & (column < V - head))
 
 
 @triton.jit
 def _absorb(running_max, running_sum, x):
-    """The online log-sum-exp of each lane: (lanes,) statistics, x (lanes, E)."""
-    peak = tl.maximum(running_max, tl.max(x, 1))
-    running_sum = running_sum * tl.exp(running_max - peak) + tl.sum(tl.exp(x - peak[:, None]), 1)
+    """The online log-sum-exp of each thread: (threads,) statistics, x (loads, threads, LANE)."""
+    peak = tl.maximum(running_max, tl.max(tl.max(x, 2), 0))
+    terms = tl.exp2((x - peak[None, :, None]) * LOG2E)
+    running_sum = running_sum * tl.exp2((running_max - peak) * LOG2E) + tl.sum(tl.sum(terms, 2), 0)
     return peak, running_sum
 
 
@@ -50,53 +96,63 @@ def scan_row(
     V,
     stride_v,
     BLOCK: tl.constexpr,
+    THREADS: tl.constexpr,
     SPLITS: tl.constexpr,
-    ALIGN: tl.constexpr,  # elements in 16 bytes where rows may start off that boundary, else 1
+    EDGES: tl.constexpr,
+    STRIDED: tl.constexpr,
     ACC: tl.constexpr,
 ):
     """(maximum, sum of exp(logit - maximum)) of one split of the row that begins at element ``start``."""
-    # Tiles begin at the 16-byte boundary at or before the row, so that loads are 16 bytes wide in every row.
-    shift = (start % ALIGN).to(tl.int32)
-    base = logits_ptr + tl.multiple_of(start - shift, ALIGN)
-    end = V + shift
-    LANE: tl.constexpr = 128 // logits_ptr.dtype.element_ty.primitive_bitwidth  # one 16-byte load of a thread
+    LANE: tl.constexpr = 128 // logits_ptr.dtype.element_ty.primitive_bitwidth
     LANES: tl.constexpr = BLOCK // LANE
-    column = tl.arange(0, LANES)[:, None] * LANE + tl.arange(0, LANE)[None, :]
-    running_max = tl.full((LANES,), LOWEST, ACC)
-    running_sum = tl.zeros((LANES,), ACC)
+    WIDTH: tl.constexpr = min(THREADS, LANES)
+    base, head, vectors = _vectors_of(logits_ptr, start, V, EDGES, STRIDED)
+    if EDGES:  # asked for first, needed last
+        column, is_edge = _edge_columns(head, vectors, V, LANE, WIDTH)
+        edge = tl.load(base + _element(column, stride_v, STRIDED), is_edge & (split == 0), other=-float("inf"))
 
-    tiles = tl.cdiv(end, BLOCK)
+    lane = tl.arange(0, LANES // WIDTH)[:, None, None] * WIDTH + tl.arange(0, WIDTH)[None, :, None]
+    column = lane * LANE + tl.arange(0, LANE)[None, None, :]
+    running_max = tl.full((WIDTH,), LOWEST, ACC)
+    running_sum = tl.zeros((WIDTH,), ACC)
+    tiles = tl.cdiv(vectors, LANES)
     tiles_a_split = tl.cdiv(tiles, SPLITS)
     first = split * tiles_a_split
     last = tl.minimum(first + tiles_a_split, tiles)
-    complete = end // BLOCK  # tiles before this one end inside the row
-    if ALIGN > 1:
-        if first == 0:  # the tile that may begin before the row
-            mask = (column >= shift) & (column < end)
-            x = tl.load(base + column * stride_v, mask, other=-float("inf")).to(ACC)
-            running_max, running_sum = _absorb(running_max, running_sum, x)
-        first = tl.maximum(first, 1)
+    complete = vectors // LANES
     for tile in range(first, tl.minimum(last, complete)):
-        x = tl.load(base + (tile * BLOCK + column) * stride_v).to(ACC)
+        x = tl.load(base + _element(tile * BLOCK + column, stride_v, STRIDED)).to(ACC)
         running_max, running_sum = _absorb(running_max, running_sum, x)
-    if (last > complete) & (complete >= first):  # the tile that ends behind the row
-        mask = complete * BLOCK + column < end
-        x = tl.load(base + (complete * BLOCK + column) * stride_v, mask, other=-float("inf")).to(ACC)
+    if (last > complete) & (complete >= first):  # whole vectors, not of all threads
+        inside = (complete * LANES + lane) < vectors
+        x = tl.load(base + _element(complete * BLOCK + column, stride_v, STRIDED), inside, other=-float("inf")).to(ACC)
         running_max, running_sum = _absorb(running_max, running_sum, x)
+    if EDGES:
+        running_max, running_sum = _absorb(running_max, running_sum, edge.to(ACC)[None, :, None])
 
     row_max = tl.max(running_max, 0)
-    return row_max, tl.sum(running_sum * tl.exp(running_max - row_max), 0)
+    return row_max, tl.sum(running_sum * tl.exp2((running_max - row_max) * LOG2E), 0)
 
 
 @triton.jit
-def store_row(
-    logits_ptr, token_logps_ptr, lse_ptr, row, start, stride_v, V, label, row_max, row_sum, ACC: tl.constexpr
-):
-    """What a counted row leaves behind; NaN where its label is outside the vocabulary."""
+def label_of(logits_ptr, start, stride_v, V, label, ACC: tl.constexpr):
+    """The label's logit; NaN where the label is outside the vocabulary."""
     known = (label >= 0) & (label < V)
-    label_logit = tl.load(logits_ptr + start + label.to(tl.int64) * stride_v, known, other=float("nan")).to(ACC)
-    log_sum = tl.where(known, tl.log(row_sum), float("nan"))
-    tl.store(token_logps_ptr + row, label_logit - row_max - log_sum)
+    return tl.load(logits_ptr + start + label.to(tl.int64) * stride_v, known, other=float("nan")).to(ACC)
+
+
+@triton.jit
+def _row_result(label_logit, row_max, row_sum):
+    """(token_logps, log_sum); NaN where label_logit is."""
+    log_sum = tl.where(label_logit == label_logit, tl.log(row_sum), float("nan"))
+    return label_logit - row_max - log_sum, log_sum
+
+
+@triton.jit
+def store_row(token_logps_ptr, lse_ptr, row, label_logit, row_max, row_sum):
+    """What a counted row leaves behind."""
+    token_logp, log_sum = _row_result(label_logit, row_max, row_sum)
+    tl.store(token_logps_ptr + row, token_logp)
     tl.store(lse_ptr + 2 * row, row_max)
     tl.store(lse_ptr + 2 * row + 1, log_sum)
 
@@ -126,6 +182,7 @@ def merge_rows(
     num_rows,
     T,
     V,
+    skipped,
     stride_s,
     stride_t,
     stride_v,
@@ -147,19 +204,22 @@ def merge_rows(
         row_sum = row_sum * tl.exp(row_max - larger) + part_sum * tl.exp(part_max - larger)
         row_max = larger
     known = counted & (label >= 0) & (label < V)
-    offset = row_offset(rows, T, stride_s, stride_t) + label.to(tl.int64) * stride_v
+    offset = skipped + row_offset(rows, T, stride_s, stride_t) + label.to(tl.int64) * stride_v
     label_logit = tl.load(logits_ptr + offset, known, other=float("nan")).to(ACC)
-    log_sum = tl.where(known, tl.log(row_sum), float("nan"))
-    token_logps = tl.where(counted, label_logit - row_max - log_sum, 0.0)
+    token_logps, log_sum = _row_result(label_logit, row_max, row_sum)
+    token_logps = tl.where(counted, token_logps, 0.0)
     tl.store(token_logps_ptr + rows, token_logps, inside)
     tl.store(lse_ptr + 2 * rows, tl.where(counted, row_max, 0.0), inside)
     tl.store(lse_ptr + 2 * rows + 1, tl.where(counted, log_sum, 0.0), inside)
     return token_logps
 
 
-@triton.jit(do_not_specialize=["num_rows", "T"])
+NOT_SPECIALISED = ["num_rows", "T", "V", "skipped", "stride_s", "stride_t", "stride_v", "ignore_index"]
+
+
+@triton.jit(do_not_specialize=NOT_SPECIALISED)
 def _logps_fwd_kernel(
-    logits_ptr,  # (S, T, V), or (rows, V) for packed rows, by its strides
+    logits_ptr,  # the 16-byte boundary at or before (S, T, V), or (rows, V) for packed rows, by its strides
     labels_ptr,  # (rows,)
     token_logps_ptr,  # (rows,)
     lse_ptr,  # (rows, 2)
@@ -167,13 +227,16 @@ def _logps_fwd_kernel(
     num_rows,
     T,
     V,
+    skipped,  # elements between logits_ptr and the first logit
     stride_s,
     stride_t,
     stride_v,
     ignore_index,
     BLOCK: tl.constexpr,
+    THREADS: tl.constexpr,
     SPLITS: tl.constexpr,
-    ALIGN: tl.constexpr,
+    EDGES: tl.constexpr,  # whether rows may have any
+    STRIDED: tl.constexpr,  # whether stride_v is not 1
     ACC: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
@@ -183,15 +246,16 @@ def _logps_fwd_kernel(
         if split == 0:
             store_ignored_row(token_logps_ptr, lse_ptr, row)
         return
-    start = row_offset(row, T, stride_s, stride_t)
-    row_max, row_sum = scan_row(logits_ptr, start, split, V, stride_v, BLOCK, SPLITS, ALIGN, ACC)
+    start = skipped + row_offset(row, T, stride_s, stride_t)
+    label_logit = label_of(logits_ptr, start, stride_v, V, label, ACC)
+    row_max, row_sum = scan_row(logits_ptr, start, split, V, stride_v, BLOCK, THREADS, SPLITS, EDGES, STRIDED, ACC)
     if SPLITS == 1:
-        store_row(logits_ptr, token_logps_ptr, lse_ptr, row, start, stride_v, V, label, row_max, row_sum, ACC)
+        store_row(token_logps_ptr, lse_ptr, row, label_logit, row_max, row_sum)
     else:
         store_partial(partial_ptr, num_rows, row, split, row_max, row_sum, SPLITS)
 
 
-@triton.jit(do_not_specialize=["num_rows", "T"])
+@triton.jit(do_not_specialize=NOT_SPECIALISED)
 def _merge_splits_kernel(
     logits_ptr,
     labels_ptr,
@@ -201,6 +265,7 @@ def _merge_splits_kernel(
     num_rows,
     T,
     V,
+    skipped,
     stride_s,
     stride_t,
     stride_v,
@@ -211,119 +276,138 @@ def _merge_splits_kernel(
 ):
     rows = tl.program_id(0).to(tl.int64) * MERGED_ROWS + tl.arange(0, MERGED_ROWS)
     merge_rows(
-        logits_ptr, labels_ptr, token_logps_ptr, lse_ptr, partial_ptr, rows, rows < num_rows, num_rows, T, V,
+        logits_ptr, labels_ptr, token_logps_ptr, lse_ptr, partial_ptr, rows, rows < num_rows, num_rows, T, V, skipped,
         stride_s, stride_t, stride_v, ignore_index, SPLITS, ACC,
     )  # fmt: skip
 
 
-@triton.jit
-def _store_gradient_tile(
-    x_ptr, out_ptr, cols, mask, stride_v, out_stride_v, label_col, row_max, log_sum, scale, MASKED: tl.constexpr
-):
-    ACC: tl.constexpr = row_max.dtype
-    if MASKED:
-        x = tl.load(x_ptr + cols * stride_v, mask, other=-float("inf")).to(ACC)
-    else:
-        x = tl.load(x_ptr + cols * stride_v).to(ACC)
-    gradient = scale * (tl.where(cols == label_col, 1.0, 0.0) - tl.exp(x - row_max - log_sum))
-    gradient = gradient.to(out_ptr.dtype.element_ty)
-    if MASKED:
-        tl.store(out_ptr + cols * out_stride_v, gradient, mask)
-    else:
-        tl.store(out_ptr + cols * out_stride_v, gradient)
-
-
-@triton.jit(do_not_specialize=["T"])
+@triton.jit(do_not_specialize=[*NOT_SPECIALISED, "out_skipped", "out_stride_s", "out_stride_t", "out_stride_v"])
 def _logps_bwd_kernel(
     scale_ptr,  # (S, T) by its strides; (S,) when PACKED
     factor_ptr,  # 0-d, times every scale; or anything when HAS_FACTOR is false
-    row_sequence_ptr,  # (rows,) when PACKED: the first index of a row's scale
+    row_sequence_ptr,  # (rows,) when PACKED: the first index of a row's scale; negative: none, the gradient is 0
     logits_ptr,
     labels_ptr,
     lse_ptr,  # (rows, 2)
     out_ptr,  # may be logits_ptr
+    num_rows,
+    tiles,  # programs a row
     T,
     V,
     scale_stride_s,
     scale_stride_t,
+    skipped,
     stride_s,
     stride_t,
     stride_v,
+    out_skipped,
     out_stride_s,
     out_stride_t,
     out_stride_v,
     ignore_index,
     BLOCK: tl.constexpr,
-    ALIGN: tl.constexpr,  # as in the forward, for logits and out alike
+    THREADS: tl.constexpr,
+    EDGES: tl.constexpr,  # of the logits
+    STRIDED: tl.constexpr,
+    ALIKE: tl.constexpr,  # whether rows of the two begin at the same distance from a 16-byte boundary
     HAS_FACTOR: tl.constexpr,
     PACKED: tl.constexpr,
+    ACC: tl.constexpr,
 ):
-    row = tl.program_id(0).to(tl.int64)
-    tile = tl.program_id(1)
+    # Last row first: the end of what the forward read may still be in the cache.
+    program = tl.program_id(0).to(tl.uint32)
+    back = program // tiles.to(tl.uint32)
+    tile = (program - back * tiles.to(tl.uint32)).to(tl.int32)
+    row = num_rows - 1 - back.to(tl.int32)
+    LANE: tl.constexpr = 128 // logits_ptr.dtype.element_ty.primitive_bitwidth
+    LANES: tl.constexpr = BLOCK // LANE
+    WIDTH: tl.constexpr = min(THREADS, LANES)
+    OUT: tl.constexpr = out_ptr.dtype.element_ty
     label = tl.load(labels_ptr + row)
-    start = row_offset(row, T, stride_s, stride_t)
-    out_start = row_offset(row, T, out_stride_s, out_stride_t)
-    shift = (start % ALIGN).to(tl.int32)
-    x_ptr = logits_ptr + tl.multiple_of(start - shift, ALIGN)
-    o_ptr = out_ptr + tl.multiple_of(out_start - shift, ALIGN)
-    cols = tile * BLOCK + tl.arange(0, BLOCK)
-    end = V + shift
-    whole = tile * BLOCK + BLOCK <= end
-    if ALIGN > 1:
-        whole = whole & (tile > 0)
-    mask = (cols >= shift) & (cols < end)
-    if label == ignore_index:
-        tl.store(o_ptr + cols * out_stride_v, tl.zeros((BLOCK,), out_ptr.dtype.element_ty), mask)
-        return
-    row_max = tl.load(lse_ptr + 2 * row)
-    log_sum = tl.load(lse_ptr + 2 * row + 1)
+    counted = label != ignore_index
     if PACKED:
-        scale_offset = tl.load(row_sequence_ptr + row).to(tl.int64) * scale_stride_s
+        sequence = tl.load(row_sequence_ptr + row)
+        counted = counted & (sequence >= 0)
+    start = skipped + row_offset(row, T, stride_s, stride_t)
+    out_start = out_skipped + row_offset(row, T, out_stride_s, out_stride_t)
+    x_ptr, head, vectors = _vectors_of(logits_ptr, start, V, EDGES, STRIDED)
+    if ALIKE:
+        o_ptr = out_ptr + _multiple(out_start + head, LANE)
+    else:
+        o_ptr = out_ptr + out_start + head.to(tl.int64) * out_stride_v
+    if EDGES:
+        edge, is_edge = _edge_columns(head, vectors, V, LANE, WIDTH)
+        is_edge = is_edge & (tile == 0)
+        edge_out = o_ptr + _element(edge, out_stride_v, not ALIKE)
+    # From here on columns, and vectors, count from the tile's first.
+    o_ptr += _element(tile * BLOCK, out_stride_v, not ALIKE)
+    lane = tl.arange(0, LANES // WIDTH)[:, None, None] * WIDTH + tl.arange(0, WIDTH)[None, :, None]
+    column = lane * LANE + tl.arange(0, LANE)[None, None, :]
+    outs = o_ptr + _element(column, out_stride_v, not ALIKE)
+    inside = lane < vectors - tile * LANES
+    if not counted:
+        tl.store(outs, tl.zeros(column.shape, OUT), inside)
+        if EDGES:
+            tl.store(edge_out, tl.zeros(edge.shape, OUT), is_edge)
+        return
+    xs = x_ptr + _element(tile * BLOCK, stride_v, STRIDED) + _element(column, stride_v, STRIDED)
+    x = tl.load(xs, inside, other=0.0)
+    if EDGES:
+        edge_x = tl.load(x_ptr + _element(edge, stride_v, STRIDED), is_edge, other=0.0).to(ACC)
+    row_max = tl.load(lse_ptr + 2 * row.to(tl.int64))
+    log_sum = tl.load(lse_ptr + 2 * row.to(tl.int64) + 1)
+    if PACKED:
+        scale_offset = sequence.to(tl.int64) * scale_stride_s
     else:
         scale_offset = row_offset(row, T, scale_stride_s, scale_stride_t)
-    scale = tl.load(scale_ptr + scale_offset).to(row_max.dtype)
+    scale = tl.load(scale_ptr + scale_offset).to(ACC)
     if HAS_FACTOR:
-        scale *= tl.load(factor_ptr).to(row_max.dtype)
-    label_col = label.to(tl.int64) + shift
-    if whole:
-        _store_gradient_tile(
-            x_ptr, o_ptr, cols, mask, stride_v, out_stride_v, label_col, row_max, log_sum, scale, MASKED=False
-        )
+        scale *= tl.load(factor_ptr).to(ACC)
+    shift = log_sum * LOG2E
+    softmax = tl.exp2((x.to(ACC) - row_max) * LOG2E - shift)
+    label_column = label.to(tl.int64) - head
+    tile_column = label_column - tile.to(tl.int64) * BLOCK
+    if (tile_column < 0) | (tile_column >= BLOCK):
+        tl.store(outs, (-scale * softmax).to(OUT), inside)
     else:
-        _store_gradient_tile(
-            x_ptr, o_ptr, cols, mask, stride_v, out_stride_v, label_col, row_max, log_sum, scale, MASKED=True
-        )
+        onehot = tl.where(column == tile_column.to(tl.int32), 1.0, 0.0)
+        tl.store(outs, (scale * (onehot - softmax)).to(OUT), inside)
+    if EDGES:
+        softmax = tl.exp2((edge_x - row_max) * LOG2E - shift)
+        onehot = tl.where(edge == label_column, 1.0, 0.0)
+        tl.store(edge_out, (scale * (onehot - softmax)).to(OUT), is_edge)
 
 
 def token_logps_forward(
     logits: Tensor, labels: Tensor, ignore_index: int, splits: int | None = None
 ) -> tuple[Tensor, Tensor]:
     """The contract's function. ``splits``: programs a row, by the table where None."""
-    acc = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    acc = accumulation_dtype(logits)
     token_logps = torch.empty(labels.shape, dtype=acc, device=logits.device)
     lse = torch.empty(*labels.shape, 2, dtype=acc, device=logits.device)
     num_rows, vocab_size = labels.numel(), logits.shape[-1]
     if num_rows == 0:
         return token_logps, lse
-    tile = tile_for("forward", logits.itemsize, vocab_size)
+    tile = tile_for("forward", logits.itemsize, vocab_size, logits.stride(-1) != 1)
     if splits is None:
         splits = row_splits(num_rows, vocab_size, tile.block, multiprocessors(logits.device))
     partial = torch.empty(2 * num_rows * splits, dtype=acc, device=logits.device) if splits > 1 else lse
-    shape = (num_rows, positions(logits), vocab_size, *strides_of(logits), ignore_index)
-    arguments = (logits, labels.contiguous(), token_logps, lse, partial, *shape)
-    acc_type = tl.float64 if acc == torch.float64 else tl.float32
+    origin, skipped = aligned_origin(logits)
+    shape = (num_rows, positions(logits), vocab_size, skipped, *strides_of(logits), ignore_index)
+    arguments = (origin, labels.contiguous(), token_logps, lse, partial, *shape)
     with device_of(logits):
         _logps_fwd_kernel[(num_rows, splits)](
             *arguments,
             BLOCK=tile.block,
+            THREADS=tile.threads,
             SPLITS=splits,
-            ALIGN=alignment(logits),
-            ACC=acc_type,
-            num_warps=tile.num_warps,
+            **layout(logits, skipped),
+            ACC=triton_dtype(acc),
+            **tile.launch_options(),
         )
         if splits > 1:
             _merge_splits_kernel[(triton.cdiv(num_rows, MERGED_ROWS),)](
-                *arguments, MERGED_ROWS=MERGED_ROWS, SPLITS=splits, ACC=acc_type, num_warps=4
+                *arguments, MERGED_ROWS=MERGED_ROWS, SPLITS=splits, ACC=triton_dtype(acc), num_warps=4
             )
     return token_logps, lse
 
@@ -344,34 +428,39 @@ def token_logps_backward(
     sequence of packed rows.
     """
     num_rows, vocab_size = labels.numel(), logits.shape[-1]
-    if num_rows == 0:
+    if num_rows == 0 or vocab_size == 0:
         return
-    tile = tile_for("backward", logits.itemsize, vocab_size)
-    align = max(alignment(logits), alignment(out))
-    if strides_of(logits) != strides_of(out) and align > 1:
-        align = 1  # rows of the two would begin at different distances from a boundary
-    columns = vocab_size + align - 1
+    tile = tile_for("backward", logits.itemsize, vocab_size, logits.stride(-1) != 1)
+    tiles = triton.cdiv(vocab_size, tile.block)
     scale_strides = (dtoken_logps.stride(0), 0) if row_sequence is not None else row_strides_of(dtoken_logps)
+    (origin, skipped), (out_origin, out_skipped) = aligned_origin(logits), aligned_origin(out)
     with device_of(logits):
-        _logps_bwd_kernel[(num_rows, triton.cdiv(columns, tile.block))](
+        _logps_bwd_kernel[(num_rows * tiles,)](
             dtoken_logps,
             dtoken_logps if factor is None else factor,
             labels if row_sequence is None else row_sequence,
-            logits,
+            origin,
             labels.contiguous(),
             lse,
-            out,
+            out_origin,
+            num_rows,
+            tiles,
             positions(logits),
             vocab_size,
             *scale_strides,
+            skipped,
             *strides_of(logits),
+            out_skipped,
             *strides_of(out),
             ignore_index,
             BLOCK=tile.block,
-            ALIGN=align,
+            THREADS=tile.threads,
+            **layout(logits, skipped),
+            ALIKE=alike(logits, out, skipped, out_skipped),
             HAS_FACTOR=factor is not None,
             PACKED=row_sequence is not None,
-            num_warps=tile.num_warps,
+            ACC=triton_dtype(accumulation_dtype(logits)),
+            **tile.launch_options(),
         )
 
 
@@ -390,12 +479,37 @@ def row_strides_of(values: Tensor) -> tuple[int, int]:
     return (0, *values.stride()) if values.dim() == 1 else values.stride()  # type: ignore[return-value]
 
 
-def alignment(logits: Tensor) -> int:
-    """Elements in 16 bytes if rows may begin off such a boundary; 1 if none does, or if columns are not neighbours."""
-    stride_s, stride_t, stride_v = strides_of(logits)
+def aligned_origin(logits: Tensor) -> tuple[Tensor, int]:
+    """(a tensor that begins at the 16-byte boundary at or before the first logit, elements from there to it).
+
+    Triton loads 16 bytes at a time only from a pointer that it finds aligned. Where another library's memory begins off
+    such a boundary the logits stay as they are, and loads are narrow.
+    """
+    skipped = logits.data_ptr() % BYTES_A_LOAD // logits.itemsize
+    if skipped == 0 or skipped > logits.storage_offset():
+        return logits, 0
+    extent = 1 + sum((size - 1) * stride for size, stride in zip(logits.shape, logits.stride(), strict=True))
+    return logits.as_strided((skipped + max(extent, 0),), (1,), logits.storage_offset() - skipped), skipped
+
+
+def layout(logits: Tensor, skipped: int) -> dict[str, bool]:
+    """The kernels' EDGES and STRIDED."""
     elements = BYTES_A_LOAD // logits.itemsize
-    aligned = stride_s % elements == 0 and stride_t % elements == 0
-    return 1 if aligned or stride_v != 1 else elements
+    stride_s, stride_t, stride_v = strides_of(logits)
+    whole = not any(x % elements for x in (skipped, stride_s, stride_t, logits.shape[-1]))
+    return {"EDGES": stride_v != 1 or not whole, "STRIDED": stride_v != 1}
+
+
+def alike(logits: Tensor, out: Tensor, skipped: int, out_skipped: int) -> bool:
+    """The kernels' ALIKE."""
+    elements = BYTES_A_LOAD // logits.itemsize
+    (*strides, stride_v), (*out_strides, out_stride_v) = strides_of(logits), strides_of(out)
+    differences = (a - b for a, b in zip((skipped, *strides), (out_skipped, *out_strides), strict=True))
+    return stride_v == out_stride_v == 1 and not any(x % elements for x in differences)
+
+
+def triton_dtype(acc: torch.dtype) -> tl.dtype:
+    return tl.float64 if acc == torch.float64 else tl.float32
 
 
 @functools.lru_cache(maxsize=64)
