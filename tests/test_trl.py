@@ -424,7 +424,7 @@ def test_no_host_synchronisation_before_the_log(tmp_path: Path) -> None:
     with Reads():
         of.compute_loss(of.model, batch).backward()
         assert not reads, reads[0]
-        float(of._totals["train"].sum())
+        float(of._totals["train"].groups.sum())
         assert len(reads) == 1, "this one is seen"
 
 
