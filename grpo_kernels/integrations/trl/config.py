@@ -35,19 +35,22 @@ SEAMS = (  # what is overridden or called of TRL's and Transformers' trainers
 )
 STEP_SIZE = 0.01  # of the group weights, where neither group_step_size nor group_options says it
 
-# TRL's and Transformers' options that a loss with groups can't honour: the one value that is taken, and why. TRL itself
-# ignores the second half in its DPOTrainer.
-REFUSED: dict[str, tuple[Any, str]] = {
-    "loss_weights": (None, "the loss is of one type"),
-    "ld_alpha": (None, "all tokens count alike"),
-    "f_divergence_type": ("reverse_kl", "the margin is one of log-ratios"),
-    "f_alpha_divergence_coef": (0.5, "it belongs to f_divergence_type='alpha_divergence'"),
-    "use_weighting": (False, "pairs have no weights of the policy's own"),
-    "discopop_tau": (0.05, "it belongs to loss_type='discopop'"),
-    "padding_free": (False, "TRL has given it up for the time being"),
-    "label_smoothing_factor": (0.0, "it is of cross-entropy: use label_smoothing"),
-    "average_tokens_across_devices": (True, "pairs are counted over all devices"),
-    "auto_find_batch_size": (False, "the step that ran out of memory has moved alpha already"),
+# TRL's and Transformers' options that a loss with groups can't honour: the values that are taken, and why no other.
+# Those below the line TRL's own DPOTrainer ignores.
+REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
+    "loss_weights": ((None,), "the loss is of one type"),
+    "ld_alpha": ((None,), "all tokens count alike"),
+    "f_divergence_type": (("reverse_kl",), "the margin is one of log-ratios"),
+    "f_alpha_divergence_coef": ((0.5,), "it belongs to f_divergence_type='alpha_divergence'"),
+    "use_weighting": ((False,), "pairs have no weights of the policy's own"),
+    "discopop_tau": ((0.05,), "it belongs to loss_type='discopop'"),
+    "auto_find_batch_size": ((False,), "the step that ran out of memory has moved alpha already"),
+    # ----
+    "padding_free": ((False,), "TRL has given it up for the time being"),
+    "label_smoothing_factor": ((0.0,), "it is of cross-entropy: use label_smoothing"),
+    "label_names": ((None, ["labels"]), "the collator gives none"),
+    "average_tokens_across_devices": ((True,), "pairs are counted over all devices"),
+    "use_cache": ((False,), "a training forward fills no cache"),
 }
 
 
@@ -149,9 +152,9 @@ class GroupRobustDPOConfig(DPOConfig):
         if len(self.loss_type) != 1 or self.loss_type[0] not in PAIR_LOSSES:
             raise ValueError(f"loss_type must be one of {list(PAIR_LOSSES)}, got {self.loss_type}")
         for name, (taken, reason) in REFUSED.items():
-            value = getattr(self, name, taken)
-            if value != taken:
-                raise NotImplementedError(f"{name} must be {taken!r} with group weights ({reason}), got {value!r}")
+            value = getattr(self, name, taken[0])  # older versions have fewer
+            if value not in taken:
+                raise NotImplementedError(f"{name} must be {taken[0]!r} with group weights ({reason}), got {value!r}")
         validation.check_loss_options(self.loss_type[0], self.label_smoothing, PAIR_LOSSES)
 
     def _check_groups(self) -> None:
