@@ -31,7 +31,25 @@ FIELDS: dict[str, dict[str, Any]] = {  # what a family needs beside
     "codegen": {"rotary_dim": 8},
     "gptj": {"rotary_dim": 8},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
-    "reformer": {"is_decoder": True},
+    "bamba": {"mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8},
+    "mamba2": {"num_heads": 4, "head_dim": 8, "expand": 2, "n_groups": 1, "state_size": 8},
+    "granitemoehybrid": {"mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8},
+    "falcon_h1": {"mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_d_ssm": 32},
+    "zaya": {"num_experts_per_tok": 1},
+    "nemotron": {"num_key_value_heads": 2},
+    "ministral": {"head_dim": 8},
+    "hunyuan_v1_dense": {"head_dim": 8},
+    "hunyuan_v1_moe": {"head_dim": 8},
+    "deepseek_v2": {"topk_method": "greedy", "n_group": None, "topk_group": None, "num_experts_per_tok": 2},
+    "gemma3n_text": {
+        "num_kv_shared_layers": 0,
+        "vocab_size_per_layer_input": 60,
+        "layer_types": ["full_attention"] * 2,
+    },
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    "roc_bert": {"pronunciation_vocab_size": 20, "shape_vocab_size": 20},
+    "prophetnet": {"num_encoder_layers": 1, "num_decoder_layers": 1},
+    "reformer": {"axial_pos_embds": False, "num_hashes": 1, "attn_layers": ["local", "local"]},
 }
 LARGEST = 3_000_000  # parameters
 
@@ -51,7 +69,10 @@ def small_config(name: str) -> Any:
             options[field] = (list(dict.fromkeys(kinds)) * 2)[:2]  # a layer of each of two kinds
     if hasattr(usual, "is_decoder"):
         options["is_decoder"] = True
-    return model_class.config_class(**{**options, **FIELDS.get(name, {})})
+    options |= FIELDS.get(name, {})
+    if "num_decoder_layers" in options:  # ProphetNet counts them apart
+        options.pop("num_hidden_layers", None)
+    return model_class.config_class(**options)
 
 
 def class_of(name: str) -> Any:
@@ -60,7 +81,7 @@ def class_of(name: str) -> Any:
 
 
 def _is_computed(config: Any, field: str) -> bool:
-    found = getattr(type(config), field, None)
+    found = getattr(type(config), config.attribute_map.get(field, field), None)
     return isinstance(found, property) and found.fset is None
 
 

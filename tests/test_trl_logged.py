@@ -108,6 +108,11 @@ def test_experts_balance_outside_alpha() -> None:
     metrics = of.evaluate()
     assert metrics["eval_aux_loss"] > 1
     assert metrics["eval_loss"] == metrics["eval_groups/rare/loss"]
+    experts = {"n_routed_experts": 4, "n_group": 1, "topk_group": 1, "num_experts_per_tok": 2, "q_lora_rank": 8}
+    with pytest.raises(
+        NotImplementedError, match=r"must be 0.0 for DeepseekV3ForCausalLM, which computes no balancing"
+    ):
+        trainer(model_of("DeepseekV3", **experts), router_aux_loss_coef=0.5)
     with pytest.raises(ValueError, match=r"is not a Mixture-of-Experts model"):
         trainer(router_aux_loss_coef=0.5)
 

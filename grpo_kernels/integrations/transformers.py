@@ -187,6 +187,14 @@ def head_or_none(model: Any) -> Head | None:
         return None
 
 
+@torch.no_grad()
+def has_balancing_loss(model: Any) -> bool:
+    """Whether a model with experts computes their balancing loss, found by one forward on two tokens."""
+    ids = torch.zeros(1, 2, dtype=torch.long, device=model.get_input_embeddings().weight.device)
+    outputs = model(input_ids=ids, output_router_logits=True, use_cache=False)
+    return getattr(outputs, "aux_loss", None) is not None
+
+
 def hidden_and_head(model: Any, head: Head, **inputs: Any) -> HiddenAndHead:
     """The last hidden states of a batch and the head's parameters, without logits.
 
@@ -240,7 +248,7 @@ def add_sequence_logps(model: Any, head: Head | None, *, shift_labels: bool = Tr
 
     They are computed inside the model's forward, so that wrappers (DDP, FSDP, PEFT, autocast) see one forward and
     gather and synchronise what they must. Without the flag the forward is as before. With ``output_router_logits=True``
-    a model with experts returns their balancing loss, too: ``(logps, aux_loss)``.
+    a model with experts returns their balancing loss, too: ``(logps, aux_loss)``; see `has_balancing_loss`.
 
     Args:
         model: a causal language model, before it is wrapped. Once is enough; again changes the options.
@@ -280,7 +288,11 @@ def add_sequence_logps(model: Any, head: Head | None, *, shift_labels: bool = Tr
             hidden, weight, bias, _ = _with_head(self, head, hidden)
             of_head: dict[str, Any] = {"bias": bias, "logit_scale": head.scale, "softcap": head.softcap}
             logps = functional.linear_sequence_logps(hidden, weight, labels, **of_head, **options)
-        return (logps, aux_loss) if kwargs.get("output_router_logits") else logps
+        if not kwargs.get("output_router_logits"):
+            return logps
+        if aux_loss is None:
+            raise NotImplementedError(f"{type(self).__name__} computes no balancing loss of its experts")
+        return logps, aux_loss
 
     forward.plain_forward = plain_forward  # type: ignore[attr-defined]
     model.forward = MethodType(forward, model)  # a method, so that copy.deepcopy binds the copy's to the copy

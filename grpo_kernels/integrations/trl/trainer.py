@@ -56,6 +56,7 @@ class GroupRobustDPOTrainer(DPOTrainer):
     args: GroupRobustDPOConfig
     data_collator: Any
     _signature_columns: Any
+    aux_loss_enabled: bool
 
     def __init__(
         self,
@@ -326,6 +327,13 @@ class GroupRobustDPOTrainer(DPOTrainer):
         parallel = getattr(self.accelerator, "parallelism_config", None)
         if parallel is not None and max(parallel.tp_size, parallel.cp_size) > 1:
             raise NotImplementedError("GroupRobustDPOTrainer runs data parallel only, not tensor or context parallel")
+        if self.aux_loss_enabled and not models.is_sharded(policy) and not hf.has_balancing_loss(policy):
+            if self.args.router_aux_loss_coef:
+                raise NotImplementedError(
+                    f"router_aux_loss_coef must be 0.0 for {type(policy).__name__}, which computes no balancing loss "
+                    f"of its experts, got {self.args.router_aux_loss_coef}"
+                )
+            self.aux_loss_enabled = False  # as where the model is trained by itself
         if self.ref_model is not None:
             reference = models.causal_model(self.accelerator.unwrap_model(self.ref_model))
             models.check_reference(policy, reference, self._tokenizer)
