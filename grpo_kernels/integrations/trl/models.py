@@ -13,6 +13,11 @@ from grpo_kernels.integrations import transformers as hf
 from grpo_kernels.integrations.trl.config import GroupRobustDPOConfig
 
 
+def name_of(model: Any) -> str:
+    """The last part of its name or directory, for a folder to write to."""
+    return str(model if isinstance(model, str) else model.config._name_or_path).rstrip("/").split("/")[-1]
+
+
 def check_reference_is_known(model: Any, ref_model: Any, args: GroupRobustDPOConfig, peft_config: Any) -> None:
     """Before TRL tries to load it. A model that was built from a config alone has no name to load it by."""
     loads = ref_model is None and peft_config is None and not is_peft_model(model)

@@ -47,7 +47,8 @@ class GroupRobustDPOTrainer(DPOTrainer):
     Raises:
         ValueError: no such column, a group that is missing or, at evaluation, unknown to the training set, an
             encoder-decoder model, a reference that shares parameters with the policy or cannot read its tokens.
-        NotImplementedError: ``fused_linear=True`` for a model that does not allow it; tensor or context parallelism.
+        NotImplementedError: ``fused_linear=True`` for a model that does not allow it; images; tensor or context
+            parallelism.
     """
 
     loss_is_scaled_for_ga = True  # compute_loss divides by the pairs of the whole optimizer step
@@ -68,10 +69,12 @@ class GroupRobustDPOTrainer(DPOTrainer):
         eval_dataset: Any = None,
         **kwargs: Any,
     ) -> None:
+        if args is None:
+            args = GroupRobustDPOConfig(f"{models.name_of(model)}-group-robust-DPO")
         if not isinstance(args, GroupRobustDPOConfig):
             raise TypeError(f"args must be a GroupRobustDPOConfig, got {type(args).__name__}")
         if train_dataset is None:
-            raise ValueError("train_dataset must be given: groups and their sizes are its own")
+            raise ValueError("`train_dataset` is required: groups and their sizes are its own")
         if not isinstance(model, str):
             hf.check_causal(models.causal_model(model))
             models.check_reference_is_known(model, ref_model, args, kwargs.get("peft_config"))
