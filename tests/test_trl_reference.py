@@ -37,7 +37,7 @@ def test_each_model_has_its_own_head(kind: str, fused_linear: bool | None) -> No
     of = trainer(policy, reference, fused_linear=fused_linear)
     batch = first_batch(of)
     expected, ref_expected = (logps_of_logits(model, batch) for model in (policy, reference))
-    assert (expected - ref_expected).abs().max() > 1
+    assert (expected - ref_expected).abs().max() > 0.3
     with torch.no_grad():
         torch.testing.assert_close(of._policy_logps(policy, batch)[0].double(), expected, rtol=1e-5, atol=1e-3)
     torch.testing.assert_close(of._reference_logps(reference, batch).double(), ref_expected, rtol=1e-5, atol=1e-3)

@@ -15,6 +15,7 @@ from typing import Any
 import datasets
 import trl
 from small_models import class_of, small_config
+from trl import import_utils
 
 from grpo_kernels.integrations import transformers as hf
 from grpo_kernels.integrations.trl import GroupRobustDPOConfig, GroupRobustDPOTrainer
@@ -46,7 +47,7 @@ GROUP_SIZES = {"even": 9, "odd": 8}
 def pytest_configure(config: Any) -> None:
     datasets.disable_progress_bars()
     # The tests of another version of TRL ask for other libraries; none of them is there.
-    trl.import_utils.__getattr__ = lambda name: _never if name.startswith("is_") else _no_such(name)
+    import_utils.__getattr__ = lambda name: _never if name.startswith("is_") else _no_such(name)
     write_models()
     write_data()
     if os.environ.get("GRPO_KERNELS_TRL_CLASSES", "ours") == "ours":
