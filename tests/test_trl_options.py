@@ -23,6 +23,7 @@ from grpo_kernels.integrations.trl.config import REFUSED
 
 # Read by what this trainer replaces of TRL's; tests below and in test_trl.py run them.
 OF_THE_LOSS = {"beta", "loss_type", "label_smoothing", "router_aux_loss_coef", "precompute_ref_log_probs"}
+OF_THE_LOSS |= {"loss_weights", "f_divergence_type", "f_alpha_divergence_coef", "use_weighting", "discopop_tau"}
 OF_THE_LOSS |= {"gradient_checkpointing_kwargs", "max_length"}  # the latter for the words of an error
 # Read by TRL's and Transformers' own code alone, which runs as it is: test_what_is_replaced.
 PASSED_ON_TEXT = """
@@ -59,12 +60,7 @@ REPLACED = {  # whose bodies this trainer does not call
     "_get_num_items_in_batch": transformers.Trainer,
 }
 ANOTHER = {  # a value that is refused
-    "loss_weights": [5.0],
     "ld_alpha": 0.5,
-    "f_divergence_type": "js_divergence",
-    "f_alpha_divergence_coef": 0.3,
-    "use_weighting": True,
-    "discopop_tau": 0.1,
     "auto_find_batch_size": True,
     "padding_free": True,
     "label_smoothing_factor": 0.1,
@@ -88,6 +84,19 @@ def test_refused(name: str) -> None:
         GroupRobustDPOConfig(**options_of(**{name: ANOTHER[name]}))
     for taken in REFUSED[name][0]:
         GroupRobustDPOConfig(**options_of(**{name: taken}))
+
+
+@pytest.mark.parametrize(
+    ("name", "other", "honoured"),
+    [
+        ("discopop_tau", "loss_type", {"loss_type": ["sigmoid", "discopop"]}),
+        ("f_alpha_divergence_coef", "f_divergence_type", {"f_divergence_type": "alpha_divergence"}),
+    ],
+)
+def test_beside_another_option_only(name: str, other: str, honoured: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=rf"{name} has a meaning for {other}=.* only, got 0.3"):
+        GroupRobustDPOConfig(**options_of(**{name: 0.3}))
+    GroupRobustDPOConfig(**options_of(**{name: 0.3}, **honoured))
 
 
 def test_what_is_replaced() -> None:
@@ -132,6 +141,11 @@ RUNS: dict[str, dict[str, Any]] = {
     "beta": {"beta": 1.5},
     "hinge": {"beta": 0.2, "loss_type": "hinge"},
     "robust": {"loss_type": ["robust"], "label_smoothing": 0.2},
+    "norm": {"loss_type": "sigmoid_norm", "beta": 2.0},
+    "weighted": {"loss_type": "nca_pair", "loss_weights": [5.0]},
+    "mixture": {"loss_type": ["sigmoid", "bco_pair", "apo_down"], "loss_weights": [0.8, 0.2, 1.0]},
+    "divergence": {"f_divergence_type": "alpha_divergence", "f_alpha_divergence_coef": 0.3},
+    "tau": {"loss_type": "discopop", "discopop_tau": 0.5},
     "keep_start": {"max_length": 8},
     "keep_end": {"max_length": 8, "truncation_mode": "keep_end"},
     "reference in step": {"sync_ref_model": True, "ref_model_sync_steps": 1, "ref_model_mixup_alpha": 0.9},

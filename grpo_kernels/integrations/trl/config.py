@@ -6,9 +6,8 @@ import inspect
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from grpo_kernels import validation
 from grpo_kernels.groups.weights import GroupWeights
-from grpo_kernels.pair_losses import PAIR_LOSSES
+from grpo_kernels.loss_spec import LossSpec
 
 try:
     import trl
@@ -38,12 +37,7 @@ STEP_SIZE = 0.01  # of the group weights, where neither group_step_size nor grou
 # TRL's and Transformers' options that a loss with groups can't honour: the values that are taken, and why no other.
 # Those below the line TRL's own DPOTrainer ignores.
 REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
-    "loss_weights": ((None,), "the loss is of one type"),
     "ld_alpha": ((None,), "all tokens count alike"),
-    "f_divergence_type": (("reverse_kl",), "the margin is one of log-ratios"),
-    "f_alpha_divergence_coef": ((0.5,), "it belongs to f_divergence_type='alpha_divergence'"),
-    "use_weighting": ((False,), "pairs have no weights of the policy's own"),
-    "discopop_tau": ((0.05,), "it belongs to loss_type='discopop'"),
     "auto_find_batch_size": ((False,), "the step that ran out of memory has moved alpha already"),
     # ----
     "padding_free": ((False,), "TRL has given it up for the time being"),
@@ -52,6 +46,12 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "average_tokens_across_devices": ((True,), "pairs are counted over all devices"),
     "use_cache": ((False,), "a training forward fills no cache"),
 }
+# What has a meaning beside another option only: its default, and the other's name and value.
+BESIDE: dict[str, tuple[float, str, str]] = {
+    "discopop_tau": (0.05, "loss_type", "discopop"),
+    "f_alpha_divergence_coef": (0.5, "f_divergence_type", "alpha_divergence"),
+}
+OF_THE_LOSS = ("loss_weights", "f_divergence_type", "f_alpha_divergence_coef", "use_weighting", "discopop_tau")
 
 
 def check_version(version: str, trainer: type) -> None:
@@ -77,8 +77,11 @@ class GroupRobustDPOConfig(DPOConfig):
     """TRL's DPOConfig, and the options of the group weights.
 
     TRL's conventions hold: ``loss_type="ipo"`` averages log-probabilities over tokens, so its beta is per token.
-    ``label_smoothing`` counts for "sigmoid" too (cDPO), which TRL ignores there. One loss type at a time. An option of
-    TRL's that can't be honoured is an error (`REFUSED`).
+    ``label_smoothing`` counts for "sigmoid" too (cDPO), which TRL ignores there; without a meaning it is an error.
+    All of TRL's loss types but "aot", one or several with ``loss_weights``, and losses of `grpo_kernels.pair_losses`
+    that TRL lacks. With groups each pair has a loss of its own: "sft" is the mean over the pair's tokens, not over the
+    batch's, and ``use_weighting`` is as in `preference_losses`. An option of TRL's that can't be honoured is an error
+    (`REFUSED`).
     """
 
     group_column: str = field(default="group", metadata={"help": "Column with each pair's group, a name or a number."})
@@ -136,6 +139,10 @@ class GroupRobustDPOConfig(DPOConfig):
         named = {role: getattr(self, option) for role, option in PAIR_OPTIONS.items()}
         return {role: column for role, column in named.items() if column is not None}
 
+    def spec_options(self) -> dict[str, Any]:
+        """Of the loss, beside its type: they have TRL's names."""
+        return {name: getattr(self, name) for name in OF_THE_LOSS}
+
     def group_weights_options(self) -> dict[str, Any]:
         """All that GroupWeights takes but the group sizes."""
         options = {**self._given_options(), "estimator": self.group_estimator, "update": self.group_update or "inline"}
@@ -149,13 +156,18 @@ class GroupRobustDPOConfig(DPOConfig):
         return self.group_options or {}
 
     def _check_losses(self) -> None:
-        if len(self.loss_type) != 1 or self.loss_type[0] not in PAIR_LOSSES:
-            raise ValueError(f"loss_type must be one of {list(PAIR_LOSSES)}, got {self.loss_type}")
         for name, (taken, reason) in REFUSED.items():
             value = getattr(self, name, taken[0])  # older versions have fewer
             if value not in taken:
                 raise NotImplementedError(f"{name} must be {taken[0]!r} with group weights ({reason}), got {value!r}")
-        validation.check_loss_options(self.loss_type[0], self.label_smoothing, PAIR_LOSSES)
+        for name, (default, other, needed) in BESIDE.items():
+            if getattr(self, name) != default and needed not in getattr(self, other):
+                raise ValueError(f"{name} has a meaning for {other}={needed!r} only, got {getattr(self, name)!r}")
+        LossSpec.of(self.loss_type, **self.spec_options()).check_label_smoothing(self.label_smoothing)
+        if "ipo" in self.loss_type and len(self.loss_type) > 1:
+            raise NotImplementedError(
+                f"loss_type='ipo' must be alone, got {self.loss_type}: TRL averages its log-probabilities over tokens"
+            )
 
     def _check_groups(self) -> None:
         for name in ("group_options", "group_sizes"):

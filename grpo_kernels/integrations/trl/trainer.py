@@ -94,7 +94,11 @@ class GroupRobustDPOTrainer(DPOTrainer):
         self.group_weights = GroupWeights(group_sizes=self._group_sizes(), **args.group_weights_options())
         self.group_weights.to(self.accelerator.device)
         self.loss_fn = GroupRobustLoss(
-            self.group_weights, beta=args.beta, loss_type=args.loss_type[0], label_smoothing=args.label_smoothing
+            self.group_weights,
+            beta=args.beta,
+            loss_type=args.loss_type,
+            label_smoothing=args.label_smoothing,
+            **args.spec_options(),
         )
         gathers = {"train": None, "eval": self.accelerator.gather_for_metrics}
         self._totals = {
@@ -180,11 +184,17 @@ class GroupRobustDPOTrainer(DPOTrainer):
         else:
             ref_logps = self._reference_logps(self.model if self.ref_model is None else self.ref_model, inputs)
         # TRL counts a completion's first token also where it is the sequence's first, which nothing predicts.
-        lengths = inputs["completion_mask"].sum(1).clamp(min=1) if self.args.average_log_prob else 1
+        counts = inputs["completion_mask"].sum(1).clamp(min=1)
+        lengths: Any = counts if self.args.average_log_prob else 1
         total_pairs = num_items_in_batch if model.training else None
-        of_pairs = {role: inputs[role] for role in self._pair_columns}
+        spec = self.loss_fn.spec
         out = self.loss_fn.from_logps(
-            logps / lengths, inputs[GROUP_IDS], ref_logps / lengths, total_pairs=total_pairs, **of_pairs
+            logps / lengths,
+            inputs[GROUP_IDS],
+            ref_logps / lengths if spec.uses_reference else None,
+            token_counts=counts if spec.uses_counts else None,
+            total_pairs=total_pairs,
+            **{role: inputs[role] for role in self._pair_columns},
         )
         self._take_metrics(out, inputs, logps.detach(), ref_logps, aux_loss)
         losses = out.pair_losses.detach()
