@@ -14,7 +14,7 @@ READY := $(VENV)/.ready
 DOCS_READY := $(VENV)/.docs-ready
 endif
 
-.PHONY: train demo test test-cpus lint docs bench plots sanitize ptx gpu-check clean
+.PHONY: train demo test test-cpus test-trl test-models lint docs bench plots sanitize ptx gpu-check clean
 
 train: $(READY)
 	$(PY) -m grpo_kernels train --compare $(ARGS)
@@ -48,6 +48,15 @@ lint: $(READY)
 # same mkdocs.yml.)
 docs: $(DOCS_READY)
 	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict -q
+
+# TRL's own tests of its DPO trainer, with ours in its place; TRL_TESTS is the folder tests/ of a checkout of TRL.
+test-trl: $(READY)
+	@test -f "$(TRL_TESTS)/test_dpo_trainer.py" || { echo "make test-trl TRL_TESTS=<a checkout of TRL>/tests"; exit 2; }
+	TRL_TESTS=$(abspath $(TRL_TESTS)) $(PY) -m pytest -q -s tests/test_trl_own_tests.py $(ARGS)
+
+# Every causal architecture of the installed Transformers, as small as it can be built; the tests have a few.
+test-models: $(READY)
+	GRPO_KERNELS_ALL_MODELS=1 $(PY) -m pytest $(PARALLEL) -rs tests/test_model_sweep.py $(ARGS)
 
 # The C++ kernels under AddressSanitizer and UndefinedBehaviorSanitizer, in a copy of the package with a build of its own.
 SANITIZED := $(CURDIR)/build/sanitized

@@ -13,7 +13,9 @@ def main() -> None:
     rank, num_ranks, parts = accelerator.process_index, accelerator.num_processes, 2
     torch.manual_seed(0)
     model = small_llama(VOCAB, hidden_size=32, num_layers=1, max_length=16, pad_id=0)
-    add_sequence_logps(model, find_head(model))  # the model's forward can now return log-probabilities, without logits
+    # Its forward can now return log-probabilities, without logits. These labels say what each position is to predict;
+    # leave shift_labels out where they are a copy of the tokens, as Transformers has them.
+    add_sequence_logps(model, find_head(model), shift_labels=False)
     model, optimizer = accelerator.prepare(model, torch.optim.AdamW(model.parameters(), lr=1e-2))
     groups = gk.GroupWeights(group_sizes=[600, 350, 50], step_size=0.1, update="lagged").to(accelerator.device)
     accelerator.register_for_checkpointing(groups)  # save_state and load_state take alpha with them

@@ -157,7 +157,10 @@ def find_head(model: Any) -> Head:
     try:
         model.eval()
         logits = model(input_ids=ids, use_cache=False).logits[0, -1].double()
-        hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+        handle.remove()
+        hidden = _last_hidden_states(model, {"input_ids": ids})
+    except Exception as error:
+        raise NotImplementedError(f"{name} cannot be tried on two tokens ({error!r}): use the logits path") from error
     finally:
         handle.remove()
         model.train(was_training)
@@ -184,6 +187,14 @@ def head_or_none(model: Any) -> Head | None:
         return None
 
 
+@torch.no_grad()
+def has_balancing_loss(model: Any) -> bool:
+    """Whether a model with experts computes their balancing loss, found by one forward on two tokens."""
+    ids = torch.zeros(1, 2, dtype=torch.long, device=model.get_input_embeddings().weight.device)
+    outputs = model(input_ids=ids, output_router_logits=True, use_cache=False)
+    return getattr(outputs, "aux_loss", None) is not None
+
+
 def hidden_and_head(model: Any, head: Head, **inputs: Any) -> HiddenAndHead:
     """The last hidden states of a batch and the head's parameters, without logits.
 
@@ -198,20 +209,53 @@ def hidden_and_head(model: Any, head: Head, **inputs: Any) -> HiddenAndHead:
         >>> rows.hidden.shape, rows.weight is model.model.embed_tokens.weight
         (torch.Size([1, 3, 32]), True)
     """
-    hidden = model.base_model(**{"use_cache": False, **inputs}).last_hidden_state
+    return _with_head(model, head, _last_hidden_states(model, inputs))
+
+
+def _with_head(model: Any, head: Head, hidden: Tensor) -> HiddenAndHead:
     layer = model.get_output_embeddings()
     return HiddenAndHead(hidden, layer.weight, getattr(layer, "bias", None), head)
 
 
-def add_sequence_logps(model: Any, head: Head | None, *, backend: str = "auto") -> None:
+def _last_hidden_states(model: Any, inputs: dict[str, Any]) -> Tensor:
+    inputs = {"use_cache": False, **inputs}
+    if model.base_model is not model:
+        return model.base_model(**inputs).last_hidden_state
+    return _run_without_head(model, inputs)[0]  # its parts have names of their own: Llama 4, Mllama
+
+
+def _run_without_head(model: Any, inputs: dict[str, Any]) -> tuple[Tensor, Any]:
+    """(the head's input, the outputs) of the model's own forward, whose head gives one column in place of logits."""
+    layer, kept = model.get_output_embeddings(), []
+
+    def keep(hidden: Tensor) -> Tensor:
+        kept.append(hidden)
+        return hidden[..., :1]
+
+    replaced = layer.__dict__.get("forward")
+    layer.forward = keep
+    try:
+        outputs = _plain_forward(model)(model, **inputs)
+    finally:
+        del layer.forward
+        if replaced is not None:
+            layer.forward = replaced
+    return kept[0], outputs
+
+
+def add_sequence_logps(model: Any, head: Head | None, *, shift_labels: bool = True, backend: str = "auto") -> None:
     """Let ``model(..., labels=labels, sequence_logps=True)`` return (S,) log-probabilities of the labels.
 
     They are computed inside the model's forward, so that wrappers (DDP, FSDP, PEFT, autocast) see one forward and
-    gather and synchronise what they must. Without the flag the forward is as before.
+    gather and synchronise what they must. Without the flag the forward is as before. With ``output_router_logits=True``
+    a model with experts returns their balancing loss, too: ``(logps, aux_loss)``; see `has_balancing_loss`.
 
     Args:
         model: a causal language model, before it is wrapped. Once is enough; again changes the options.
         head: what `find_head` found, for the linear path; None for the logits path.
+        shift_labels: True for labels as Transformers has them, a copy of input_ids with -100 where nothing counts: they
+            are shifted here, so that position t predicts ``labels[:, t + 1]``. False where ``labels[:, t]`` is what
+            position t is to predict, as `sequence_logps` has it by default.
         backend: of `linear_sequence_logps` or `sequence_logps`.
 
     Example:
@@ -222,23 +266,41 @@ def add_sequence_logps(model: Any, head: Head | None, *, backend: str = "auto") 
         torch.Size([1])
     """
     check_causal(model)
-    plain_forward = getattr(model.forward, "plain_forward", None) or _unbound(model.forward)
+    plain_forward = _plain_forward(model)
+    options: dict[str, Any] = {"shift_labels": shift_labels, "backend": backend}
 
     @functools.wraps(plain_forward)
     def forward(self: Any, *args: Any, sequence_logps: bool = False, **kwargs: Any) -> Any:
         if not sequence_logps:
             return plain_forward(self, *args, **kwargs)
         labels = kwargs.pop("labels")
-        options: dict[str, Any] = {"shift_labels": True, "backend": backend}
+        kwargs, aux_loss = {"use_cache": False, **kwargs}, None
         if head is None:
-            logits = plain_forward(self, *args, **{"use_cache": False, **kwargs}).logits
-            return functional.sequence_logps(logits, labels, inplace_backward=True, **options)
-        hidden, weight, bias, _ = hidden_and_head(self, head, **kwargs)
-        options |= {"bias": bias, "logit_scale": head.scale, "softcap": head.softcap}
-        return functional.linear_sequence_logps(hidden, weight, labels, **options)
+            outputs = plain_forward(self, *args, **kwargs)
+            logps = functional.sequence_logps(outputs.logits, labels, inplace_backward=True, **options)
+            aux_loss = getattr(outputs, "aux_loss", None)
+        else:
+            if kwargs.get("output_router_logits"):
+                hidden, outputs = _run_without_head(self, kwargs)
+                aux_loss = outputs.aux_loss
+            else:
+                hidden = _last_hidden_states(self, kwargs)
+            hidden, weight, bias, _ = _with_head(self, head, hidden)
+            of_head: dict[str, Any] = {"bias": bias, "logit_scale": head.scale, "softcap": head.softcap}
+            logps = functional.linear_sequence_logps(hidden, weight, labels, **of_head, **options)
+        if not kwargs.get("output_router_logits"):
+            return logps
+        if aux_loss is None:
+            raise NotImplementedError(f"{type(self).__name__} computes no balancing loss of its experts")
+        return logps, aux_loss
 
     forward.plain_forward = plain_forward  # type: ignore[attr-defined]
     model.forward = MethodType(forward, model)  # a method, so that copy.deepcopy binds the copy's to the copy
+
+
+def _plain_forward(model: Any) -> Callable[..., Any]:
+    """The forward without what `add_sequence_logps` has put around it; takes the model first."""
+    return getattr(model.forward, "plain_forward", None) or _unbound(model.forward)
 
 
 def _unbound(forward: Callable[..., Any]) -> Callable[..., Any]:

@@ -1,0 +1,202 @@
+"""GroupRobustDPOConfig: TRL's options, those of the group weights, and which of TRL's are refused."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from grpo_kernels.groups.weights import GroupWeights
+from grpo_kernels.loss_spec import LossSpec
+
+try:
+    import trl
+    from trl import DPOConfig, DPOTrainer
+except ImportError as error:
+    raise ImportError("this needs trl, accelerate and datasets: pip install 'grpo-kernels[trl]'") from error
+
+from grpo_kernels.integrations.trl.data import PAIR_OPTIONS
+
+OLDEST, NEWEST_TESTED = (1, 15), (1, 16)
+SEAMS = (  # what is overridden or called of TRL's and Transformers' trainers
+    "_get_num_items_in_batch",
+    "_get_output_dir",
+    "_load_optimizer_and_scheduler",
+    "_save_checkpoint",
+    "_set_signature_columns_if_needed",
+    "compute_loss",
+    "compute_ref_log_probs",
+    "evaluation_loop",
+    "log",
+    "loss_is_scaled_for_ga",
+    "prediction_step",
+    "training_step",
+)
+STEP_SIZE = 0.01  # of the group weights, where neither group_step_size nor group_options says it
+
+# TRL's and Transformers' options that a loss with groups can't honour: the values that are taken, and why no other.
+# Those below the line TRL's own DPOTrainer ignores.
+REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
+    "ld_alpha": ((None,), "all tokens count alike"),
+    "auto_find_batch_size": ((False,), "the step that ran out of memory has moved alpha already"),
+    # ----
+    "padding_free": ((False,), "TRL has given it up for the time being"),
+    "label_smoothing_factor": ((0.0,), "it is of cross-entropy: use label_smoothing"),
+    "label_names": ((None, ["labels"]), "the collator gives none"),
+    "average_tokens_across_devices": ((True,), "pairs are counted over all devices"),
+    "use_cache": ((False,), "a training forward fills no cache"),
+}
+# What has a meaning beside another option only: its default, and the other's name and value.
+BESIDE: dict[str, tuple[float, str, str]] = {
+    "discopop_tau": (0.05, "loss_type", "discopop"),
+    "f_alpha_divergence_coef": (0.5, "f_divergence_type", "alpha_divergence"),
+}
+OF_THE_LOSS = ("loss_weights", "f_divergence_type", "f_alpha_divergence_coef", "use_weighting", "discopop_tau")
+
+
+def check_version(version: str, trainer: type) -> None:
+    """
+    Raises:
+        ImportError: this TRL is too old, of another major version, or lacks something that is overridden here.
+    """
+    numbers = tuple(int(part) for part in version.split(".")[:2])
+    supported = f"{OLDEST[0]}.{OLDEST[1]} <= trl < {OLDEST[0] + 1}"
+    if not OLDEST <= numbers < (OLDEST[0] + 1,):
+        raise ImportError(f"GroupRobustDPOTrainer needs {supported}, got {version}: pip install 'grpo-kernels[trl]'")
+    missing = [name for name in SEAMS if not hasattr(trainer, name)]
+    if missing:
+        tested = f"{NEWEST_TESTED[0]}.{NEWEST_TESTED[1]}"
+        raise ImportError(f"trl {version} has changed: its DPOTrainer lacks {missing}. Tested up to trl {tested}")
+
+
+check_version(trl.__version__, DPOTrainer)
+
+
+@dataclass
+class GroupRobustDPOConfig(DPOConfig):
+    """TRL's DPOConfig, and the options of the group weights.
+
+    TRL's conventions hold: ``loss_type="ipo"`` averages log-probabilities over tokens, so its beta is per token.
+    ``label_smoothing`` counts for "sigmoid" too (cDPO), which TRL ignores there; without a meaning it is an error.
+    All of TRL's loss types but "aot", one or several with ``loss_weights``, and losses of `grpo_kernels.pair_losses`
+    that TRL lacks. With groups each pair has a loss of its own: "sft" is the mean over the pair's tokens, not over the
+    batch's, and ``use_weighting`` is as in `preference_losses`. An option of TRL's that can't be honoured is an error
+    (`REFUSED`).
+    """
+
+    group_column: str = field(default="group", metadata={"help": "Column with each pair's group, a name or a number."})
+    group_step_size: float | None = field(
+        default=None,
+        metadata={
+            "help": f"eta, the step size of the group weights alpha; by default {STEP_SIZE}. Of the default rule."
+        },
+    )
+    group_update: str | None = field(
+        default=None,
+        metadata={
+            "help": "When alpha moves: 'inline' (each batch moves it before it is weighed, as in the paper) or "
+            "'lagged' (once beside the optimizer's step). By default inline, lagged with gradient accumulation."
+        },
+    )
+    group_estimator: str = field(default="importance", metadata={"help": "'importance' or 'group_mean'."})
+    group_options: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": "More options of GroupWeights, a dict (or JSON), such as '{\"floor\": 0.05}' or another rule: "
+            '\'{"rule": "soft_maximum", "temperature": 0.2}\'.'
+        },
+    )
+    group_sizes: dict[str, int] | str | None = field(
+        default=None, metadata={"help": "Pairs of each group, a dict (or JSON); needed for streamed data only."}
+    )
+    weight_column: str | None = field(default=None, metadata={"help": "Column with a weight >= 0 of each pair's loss."})
+    margin_column: str | None = field(
+        default=None, metadata={"help": "Column with each pair's margin: subtracted from the difference of log-ratios."}
+    )
+    beta_column: str | None = field(default=None, metadata={"help": "Column with a beta > 0 of each pair's own."})
+    average_log_prob: bool | None = field(
+        default=None, metadata={"help": "Average log-probabilities over tokens. By default for 'ipo' only, like TRL."}
+    )
+    fused_linear: bool | None = field(
+        default=None,
+        metadata={"help": "Never hold the logits. By default where the model allows it; True raises elsewhere."},
+    )
+    backend: str = field(default="auto", metadata={"help": "Backend of grpo_kernels."})
+
+    _VALID_DICT_FIELDS: ClassVar = [*DPOConfig._VALID_DICT_FIELDS, "group_options", "group_sizes"]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check_losses()
+        self._check_groups()
+        self._check_accumulation()
+        if self.average_log_prob is None:
+            self.average_log_prob = self.loss_type == ["ipo"]
+
+    @property
+    def pair_columns(self) -> dict[str, str]:
+        """The columns of per-pair numbers: what they are to the loss, and their names."""
+        named = {role: getattr(self, option) for role, option in PAIR_OPTIONS.items()}
+        return {role: column for role, column in named.items() if column is not None}
+
+    def spec_options(self) -> dict[str, Any]:
+        """Of the loss, beside its type: they have TRL's names."""
+        return {name: getattr(self, name) for name in OF_THE_LOSS}
+
+    def group_weights_options(self) -> dict[str, Any]:
+        """All that GroupWeights takes but the group sizes."""
+        options = {**self._given_options(), "estimator": self.group_estimator, "update": self.group_update or "inline"}
+        if self.group_step_size is not None:
+            return {**options, "step_size": self.group_step_size}
+        of_default_rule = options.get("rule", "exponentiated_gradient") == "exponentiated_gradient"
+        return {"step_size": STEP_SIZE, **options} if of_default_rule else options
+
+    def _given_options(self) -> dict[str, Any]:
+        assert not isinstance(self.group_options, str)  # TrainingArguments has parsed it, _check_groups looked
+        return self.group_options or {}
+
+    def _check_losses(self) -> None:
+        for name, (taken, reason) in REFUSED.items():
+            value = getattr(self, name, taken[0])  # older versions have fewer
+            if value not in taken:
+                raise NotImplementedError(f"{name} must be {taken[0]!r} with group weights ({reason}), got {value!r}")
+        for name, (default, other, needed) in BESIDE.items():
+            if getattr(self, name) != default and needed not in getattr(self, other):
+                raise ValueError(f"{name} has a meaning for {other}={needed!r} only, got {getattr(self, name)!r}")
+        LossSpec.of(self.loss_type, **self.spec_options()).check_label_smoothing(self.label_smoothing)
+        if "ipo" in self.loss_type and len(self.loss_type) > 1:
+            raise NotImplementedError(
+                f"loss_type='ipo' must be alone, got {self.loss_type}: TRL averages its log-probabilities over tokens"
+            )
+
+    def _check_groups(self) -> None:
+        for name in ("group_options", "group_sizes"):
+            if not isinstance(getattr(self, name), dict | None):
+                raise TypeError(f"{name} must be a dict, or one as JSON, got {getattr(self, name)!r}")
+        known = set(inspect.signature(GroupWeights).parameters)
+        elsewhere = {"estimator": "group_estimator", "update": "group_update", "group_sizes": "group_sizes"}
+        if self.group_step_size is not None:
+            elsewhere["step_size"] = "group_step_size"
+        for name in self._given_options():
+            if name in elsewhere:
+                raise ValueError(f"group_options must not hold {name!r}: it is the option {elsewhere[name]}")
+            if name not in known or name in ("num_groups", "process_group", "gradient_reduction"):
+                raise ValueError(f"group_options must hold options of GroupWeights that are left to you, got {name!r}")
+        columns = [self.group_column, *self.pair_columns.values()]
+        if len(set(columns)) < len(columns):
+            raise ValueError(f"{['group_column', *PAIR_OPTIONS.values()]} must be columns apart, got {columns}")
+
+    def _check_accumulation(self) -> None:
+        accumulates = self.gradient_accumulation_steps > 1
+        if self.group_update is None:
+            self.group_update = "lagged" if accumulates else "inline"
+        if accumulates and self.group_update == "inline":
+            raise ValueError(
+                "group_update='inline' needs the whole batch in one forward, got gradient_accumulation_steps="
+                f"{self.gradient_accumulation_steps}: use group_update='lagged' (the default with accumulation), which "
+                "moves alpha once an optimizer step from all its pairs"
+            )
+        if accumulates and self.group_estimator != "importance":
+            raise ValueError(
+                f"group_estimator must be 'importance' with gradient accumulation, got {self.group_estimator!r}"
+            )

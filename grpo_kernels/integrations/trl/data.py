@@ -1,0 +1,192 @@
+"""The groups of a data set: read, checked, and carried beside TRL's batch."""
+
+from __future__ import annotations
+
+import difflib
+import math
+import warnings
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from datasets import Dataset, IterableDataset
+
+GROUP_IDS = "group_ids"  # the batch's entry
+PAIR_OPTIONS = {"weights": "weight_column", "margin": "margin_column", "beta": "beta_column"}  # what is a number a pair
+
+
+@dataclass(frozen=True)
+class GroupColumn:
+    """A data set's column of groups, which may hold anything scalar, and the prepared one, which holds names.
+
+    The prepared column travels with the pairs through TRL's tokenising, so that a set that one trainer has prepared
+    means the same to the next.
+    """
+
+    name: str
+
+    @property
+    def prepared(self) -> str:
+        return f"{self.name} (name)"
+
+    def names_in(self, dataset: Dataset, which: str) -> list[str]:
+        """Each pair's group."""
+        check_columns(dataset, {"group_column": self.name}, which)
+        feature, rows = dataset.features[self.name], enumerate(dataset[self.name])
+        return [_name(value, feature, f"row {row} of column {self.name!r}") for row, value in rows]
+
+    def prepare(self, dataset: Any, which: str, *, known: list[str] | None = None) -> Any:
+        """The data set with the prepared column, without a tensor format. Nothing of the trainer is in its fingerprint.
+
+        Raises:
+            ValueError: it is empty or has no such column, a group is missing, nested or, where ``known`` groups are
+                given, not among them. TypeError: it is no data set.
+        """
+        dataset = unformatted(dataset, which)
+        if isinstance(dataset, IterableDataset):
+            if self.prepared in _column_names(dataset):
+                return dataset
+            check_columns(dataset, {"group_column": self.name}, which)
+            feature = (dataset.features or {}).get(self.name)
+            return dataset.map(_with_name, fn_kwargs={"column": self, "feature": feature, "known": known})
+        names = self.names_in(dataset, which)
+        unseen = Counter(name for name in names if known is not None and name not in known)
+        if unseen:
+            listed = ", ".join(f"{name!r} ({count} pairs)" for name, count in sorted(unseen.items()))
+            raise ValueError(f"{which} has groups that the training data lacks: {listed}; it has {known}")
+        if self.prepared in dataset.column_names:
+            dataset = dataset.remove_columns(self.prepared)
+        return dataset.add_column(self.prepared, names)
+
+
+def _with_name(pair: dict[str, Any], column: GroupColumn, feature: Any, known: list[str] | None) -> dict[str, str]:
+    name = _name(pair[column.name], feature, f"a pair's {column.name!r}")
+    if known is not None and name not in known:
+        raise ValueError(f"group {name!r} is not in the training data, which has {known}")
+    return {column.prepared: name}
+
+
+def unformatted(dataset: Any, which: str) -> Any:
+    """A data set whose rows are Python's: in tensors TRL's collator would add token ids where it means to join them.
+
+    Raises:
+        TypeError: it is no data set. ValueError: it is empty. NotImplementedError: it has images.
+    """
+    if not isinstance(dataset, Dataset | IterableDataset):
+        raise TypeError(f"{which} must be a Dataset or an IterableDataset, got {type(dataset).__name__}")
+    formatting = getattr(dataset, "_formatting", None)  # of a streamed one
+    kind = dataset.format["type"] if isinstance(dataset, Dataset) else getattr(formatting, "format_type", None)
+    if kind is not None and kind != "custom":  # a transform of the user's makes the columns
+        dataset = dataset.with_format(None)
+    first = next(iter(dataset), None)
+    if first is None:
+        raise ValueError(f"{which} must have at least one pair, it is empty")
+    if {"image", "images"} & set(first):
+        raise NotImplementedError(f"{which} must be of text, it has images: log-probabilities beside them are untried")
+    return dataset
+
+
+def check_columns(dataset: Any, wanted: dict[str, str], which: str) -> None:
+    """
+    Args:
+        wanted: {option of the config: column}.
+
+    Raises:
+        ValueError: a column is not there.
+    """
+    columns = _column_names(dataset)
+    for option, name in wanted.items():
+        if name not in columns:
+            close = difflib.get_close_matches(name, columns, n=1)
+            hint = f"; is it {close[0]!r}? Pass {option}={close[0]!r} to the config" if close else ""
+            raise ValueError(f"{which} must have a column {name!r}, it has {sorted(columns)}{hint}")
+
+
+def check_pair_numbers(dataset: Any, columns: dict[str, str], which: str) -> None:
+    """The columns of `GroupRobustDPOConfig.pair_columns`; of streamed data the collator checks the values.
+
+    Raises:
+        ValueError: a column is not there, or holds something else than numbers of its range.
+    """
+    check_columns(dataset, {PAIR_OPTIONS[role]: column for role, column in columns.items()}, which)
+    if isinstance(dataset, Dataset):
+        for role, column in columns.items():
+            for row, value in enumerate(dataset[column]):
+                _pair_number(role, value, f"row {row} of column {column!r}")
+
+
+def _column_names(dataset: Any) -> list[str]:
+    return dataset.column_names or list(next(iter(dataset)))
+
+
+def _name(value: Any, feature: Any, where: str) -> str:
+    """A group's name.
+
+    Raises:
+        ValueError: there is none (null, NaN, a class label of -1, blank), or it is nested.
+    """
+    is_label = hasattr(feature, "int2str")
+    missing = value is None or (isinstance(value, float) and math.isnan(value)) or (is_label and value == -1)
+    if missing or (isinstance(value, str) and not value.strip()):
+        raise ValueError(f"{where} must be a group, got {value!r}: leave such pairs out, or name their group")
+    if isinstance(value, list | dict | tuple):
+        raise ValueError(f"{where} must be one name or number, got a {type(value).__name__}: {value!r}")
+    return feature.int2str(value) if is_label and not isinstance(value, str) else str(value)
+
+
+def warn_of_near_equal(names: Iterable[str]) -> None:
+    """Names that differ in nothing but spaces and case are groups apart, and seldom meant to be."""
+    alike: dict[str, list[str]] = defaultdict(list)
+    for name in names:
+        alike[" ".join(name.split()).casefold()].append(name)
+    pairs = [near for near in alike.values() if len(near) > 1]
+    if pairs:
+        warnings.warn(f"groups whose names differ in spaces or case only are groups apart: {pairs}", stacklevel=2)
+
+
+def each(datasets: Any, which: str, prepare: Callable[[Any, str], Any]) -> Any:
+    """``prepare`` of a data set, or of every one of a dict of them."""
+    if datasets is None or isinstance(datasets, str):
+        return datasets
+    if isinstance(datasets, dict):
+        return {name: prepare(value, f"{which}[{name!r}]") for name, value in datasets.items()}
+    return prepare(datasets, which)
+
+
+class GroupCollator:
+    """A collator's batch with the group ids of its pairs, and their numbers of `pair_columns`."""
+
+    def __init__(
+        self,
+        collator: Callable[..., dict[str, Any]],
+        column: GroupColumn,
+        names: list[str],
+        pair_columns: dict[str, str],
+    ) -> None:
+        self.collator, self.column, self.names, self.pair_columns = collator, column.prepared, names, pair_columns
+        self.ids = {name: number for number, name in enumerate(names)}
+
+    def __call__(self, pairs: list[dict[str, Any]]) -> dict[str, Any]:
+        for pair in pairs:
+            if pair.get(self.column) not in self.ids:
+                raise ValueError(
+                    f"a pair must come with its group in the column {self.column!r}, one of {self.names}, got "
+                    f"{pair.get(self.column)!r}: give evaluate() the data as it is, predict() a set that this trainer "
+                    "has prepared, such as trainer.eval_dataset"
+                )
+        numbers = {
+            role: torch.tensor([_pair_number(role, pair.get(column), f"a pair's {column!r}") for pair in pairs])
+            for role, column in self.pair_columns.items()
+        }
+        group_ids = torch.tensor([self.ids[pair[self.column]] for pair in pairs])
+        return {**self.collator(pairs), **numbers, GROUP_IDS: group_ids}
+
+
+def _pair_number(role: str, value: Any, where: str) -> float:
+    usable = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    lowest = {"weights": "at least 0", "beta": "above 0", "margin": "finite"}[role]
+    if not usable or (role == "weights" and value < 0) or (role == "beta" and value <= 0):
+        raise ValueError(f"{where} must be a number, {lowest}, got {value!r}")
+    return float(value)

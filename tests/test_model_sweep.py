@@ -1,0 +1,88 @@
+"""Causal architectures of Transformers: log-probabilities and gradients against each model's own logits.
+
+A few here, all of them by ``make test-models``.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import pytest
+import torch
+
+from grpo_kernels.integrations import transformers as hf
+
+pytest.importorskip("transformers", reason="transformers is not installed: pip install 'grpo-kernels[train]'")
+from small_models import NAMES, model_of
+
+FEW = ["bloom", "falcon", "gpt_neox", "gpt_oss", "granitemoe", "llama4_text", "mamba", "mixtral", "mllama", "mpt"]
+FEW += ["nanochat", "olmoe", "qwen3_moe", "stablelm", "xglm"]  # other families: test_transformers.py
+ALL = os.environ.get("GRPO_KERNELS_ALL_MODELS") == "1"
+
+
+@pytest.mark.parametrize("name", list(NAMES) if ALL else [name for name in FEW if name in NAMES])
+def test_values_and_gradients(name: str) -> None:
+    """Both paths; for a model with experts their balancing loss, too. Or an error before training begins."""
+    try:
+        model = model_of(name)
+    except Exception as error:
+        if not ALL:
+            raise
+        pytest.skip(f"{name} cannot be built so small: {error!r}"[:200])
+    try:
+        inputs = batch()
+        outputs = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False)
+    except Exception as error:
+        if not ALL:
+            raise
+        pytest.skip(f"{name} does not run on token ids alone: {error!r}"[:200])
+    labels = inputs["labels"][:, 1:]
+    token_logps = outputs.logits[:, :-1].double().log_softmax(-1)
+    token_logps = token_logps.gather(-1, labels.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+    expected = (token_logps * (labels != -100)).sum(1)
+    gradients = gradients_of(model, expected)
+    router = getattr(model.config.get_text_config(), "output_router_logits", None) is not None
+    head = hf.head_or_none(model)
+    assert ALL or head is not None
+    for path in {None, head}:
+        model.zero_grad()
+        hf.add_sequence_logps(model, path)
+        got = model(**inputs, sequence_logps=True)
+        torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-3)
+        compare(gradients_of(model, got), gradients)
+        if router and not hf.has_balancing_loss(model):
+            with pytest.raises(NotImplementedError, match="computes no balancing loss"):
+                model(**inputs, sequence_logps=True, output_router_logits=True)
+        elif router:
+            logps, aux_loss = model(**inputs, sequence_logps=True, output_router_logits=True)
+            torch.testing.assert_close(logps, got, rtol=1e-6, atol=1e-4)
+            given = {key: inputs[key] for key in ("input_ids", "attention_mask")}
+            own = model(**given, output_router_logits=True, use_cache=False).aux_loss
+            assert float(aux_loss) == float(own) > 0
+
+
+def batch() -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(3, 60, (4, 9), generator=generator)
+    mask = torch.ones_like(ids)
+    mask[1, 6:] = 0
+    labels = ids.masked_fill(mask == 0, -100)
+    labels[:, :2] = -100
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+def gradients_of(model: Any, logps: torch.Tensor) -> dict[str, torch.Tensor]:
+    model.zero_grad()
+    (logps * torch.arange(1.0, 5.0)).sum().backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def compare(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    """To float32's rounding over two layers and 36 positions, relative to the largest of each parameter's gradient or,
+    where that is 0 but for rounding, of all."""
+    largest = max(gradient.abs().max().item() for gradient in expected.values())
+    assert got.keys() == expected.keys()
+    for name, gradient in got.items():
+        scale = max(expected[name].abs().max().item(), 1e-3 * largest)
+        torch.testing.assert_close(gradient, expected[name], rtol=0, atol=1e-3 * scale, msg=name)
