@@ -297,7 +297,6 @@ FAULTS_OF_FUSED = {
     },
     "cuda": {
         "barrier behind the ticket": ("without", FUSED, "bar.sync", "after the ticket is taken"),
-        "barrier before the next ticket": ("without", FUSED, "bar.sync", "the next ticket writes"),
         "barrier before sums of groups": ("without", FUSED, "bar.sync", "sums are read"),
         "barrier of a reduction": ("without", FUSED, "bar.sync", "results are read by all threads"),
         "fence before the ticket": ("without", FUSED, "membar", "come before the ticket"),

@@ -46,7 +46,7 @@ struct Block {
 };
 
 // Takes `share` tickets: whether those were the last of `expected`. What thread 0 of a block stored before, all threads of
-// the last one may read after; other threads' stores are not covered.
+// the last one may read after; other threads' stores are not covered. Between two calls there must be a barrier.
 __device__ __forceinline__ bool last_to_arrive(unsigned int* ticket, int64_t share, int64_t expected) {
   __shared__ bool last;
   if (threadIdx.x == 0) {
@@ -55,9 +55,7 @@ __device__ __forceinline__ bool last_to_arrive(unsigned int* ticket, int64_t sha
     __threadfence();  // the others' stores are read after it
   }
   __syncthreads();  // `last` is read by all threads, and the others' stores only after the ticket is taken
-  const bool mine = last;
-  __syncthreads();  // the next ticket writes to the same place
-  return mine;
+  return last;
 }
 
 }  // namespace grpo::cuda

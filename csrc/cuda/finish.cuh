@@ -87,7 +87,7 @@ __device__ __forceinline__ void pairs_and_group_sums(const Loss& loss, const Blo
   for (int64_t first = 0; first < B; first += block.step()) {
     const int64_t i = first + block.first(), end = first + block.step() < B ? first + block.step() : B;
     if (i < end) sum_group_of<Real>(loss, i, first, end);
-    __syncthreads();  // sums are added to by other threads, and read
+    __syncthreads();  // sums are read, and added to, by other threads
   }
 }
 

@@ -88,6 +88,7 @@ __device__ __forceinline__ MaxSum<typename Format::Real> scan_row(const typename
       values[e] = Format::widened(loaded[e / kElements].x[e % kElements]);
     absorb(running, values);
   }
+#pragma unroll 1
   for (; i < end; i += kThreads) {
     const Vector<Format> loaded = vectors[i];
     Real values[kElements];

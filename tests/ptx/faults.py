@@ -75,12 +75,13 @@ def replaced(kernel: str, pattern: str, replacement: str) -> Mutate:
     return mutate
 
 
-ONE_MORE = {
-    "lt": "le",
-    "ge": "gt",
-    "ne.b": "ge.s",
-    "ne.s": "ge.s",
-}  # upward, and down to 0
+ONE_MORE = {"lt": "le", "ge": "gt"}
+
+
+def _one_more_until_0(counter: str, loop: list[str]) -> str:
+    """For a counter that is compared with 0 for not being equal: by the direction in which it goes there."""
+    step = re.search(rf"add\.[su]32\s+{counter},\s*{counter},\s*(-?)\d+", "\n".join(loop))
+    return "ge.s" if step and step[1] else "le.s"
 
 
 def one_tile_more(kernel: str) -> Mutate:
@@ -97,9 +98,10 @@ def one_tile_more(kernel: str) -> Mutate:
             if not any(re.match(r"ld\.global\S*\.v[24]\.", one.text) for one in loop):
                 continue
             for one in loop:
-                compared = re.match(rf"setp\.(lt|ge|ne\.[bs])\S*\s+{re.escape(branch[2])}\b", one.text)
+                compared = re.match(rf"setp\.(lt|ge|ne\.[bs])\S*\s+{re.escape(branch[2])}\b,\s*(%\w+)", one.text)
                 if compared:
-                    lines[one.line - 1] = lines[one.line - 1].replace(compared[1], ONE_MORE[compared[1]], 1)
+                    more = ONE_MORE.get(compared[1]) or _one_more_until_0(compared[2], [one.text for one in loop])
+                    lines[one.line - 1] = lines[one.line - 1].replace(compared[1], more, 1)
                     changed += 1
         if not changed:
             raise LookupError(f"{name} has no loop over tiles")

@@ -157,7 +157,8 @@ def _amd_resources(assembly: str) -> Resources:
         found = re.search(rf"\.{name}:\s*(\d+)", assembly)
         return int(found[1]) if found else 0
 
-    spilled = 4 * number("vgpr_spill_count") + 4 * number("sgpr_spill_count")
+    # Scalar registers are spilled to vector registers, not to memory.
+    spilled = max(4 * number("vgpr_spill_count"), number("private_segment_fixed_size"))
     return Resources(number("vgpr_count"), spilled, number("group_segment_fixed_size"))
 
 

@@ -281,7 +281,12 @@ def _merge_splits_kernel(
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=[*NOT_SPECIALISED, "out_skipped", "out_stride_s", "out_stride_t", "out_stride_v"])
+@triton.jit(
+    do_not_specialize=[
+        *(*NOT_SPECIALISED, "tiles", "scale_stride_s", "scale_stride_t"),
+        *("out_skipped", "out_stride_s", "out_stride_t", "out_stride_v"),
+    ]
+)
 def _logps_bwd_kernel(
     scale_ptr,  # (S, T) by its strides; (S,) when PACKED
     factor_ptr,  # 0-d, times every scale; or anything when HAS_FACTOR is false
