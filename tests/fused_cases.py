@@ -11,7 +11,7 @@ from conftest import batch
 
 import grpo_kernels as gk
 from grpo_kernels.batch import Pairs, Rows
-from grpo_kernels.kernels.group_robust import COEFFICIENTS, GroupRobustTables, GroupState
+from grpo_kernels.kernels.group_robust import COEFFICIENTS, GroupRobustTables, GroupState, SequenceGradients
 
 BUFFERS = ("log_alpha", "group_sizes", "pending_sums", "pending_counts", "skipped_updates")
 
@@ -130,7 +130,8 @@ def assert_rows_of_no_sequence(kernels: Any, splits: int, device: str = "cpu") -
         tables = kernels.group_robust_forward(x, rows, pairs, state, splits=splits)
         grad = torch.full_like(x, torch.nan)
         scale = tables.sequences[COEFFICIENTS]
-        kernels.token_logps_backward(scale, x, y, tables.lse, -100, grad, None, tables.row_sequence)
+        gradients = SequenceGradients(scale, None, tables.row_sequence)
+        kernels.token_logps_backward(gradients, x, y, tables.lse, -100, grad)
         return tables, grad
 
     expected, expected_grad = run(7, [0, 2, 4, 4, 7])

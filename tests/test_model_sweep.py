@@ -14,7 +14,7 @@ import torch
 from grpo_kernels.integrations import transformers as hf
 
 pytest.importorskip("transformers", reason="transformers is not installed: pip install 'grpo-kernels[train]'")
-from small_models import NAMES, model_of
+from small_models import NAMES, batch, model_of
 
 FEW = ["bloom", "falcon", "gpt_neox", "gpt_oss", "granitemoe", "llama4_text", "mamba", "mixtral", "mllama", "mpt"]
 FEW += ["nanochat", "olmoe", "qwen3_moe", "stablelm", "xglm"]  # other families: test_transformers.py
@@ -60,16 +60,6 @@ def test_values_and_gradients(name: str) -> None:
             given = {key: inputs[key] for key in ("input_ids", "attention_mask")}
             own = model(**given, output_router_logits=True, use_cache=False).aux_loss
             assert float(aux_loss) == float(own) > 0
-
-
-def batch() -> dict[str, torch.Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(3, 60, (4, 9), generator=generator)
-    mask = torch.ones_like(ids)
-    mask[1, 6:] = 0
-    labels = ids.masked_fill(mask == 0, -100)
-    labels[:, :2] = -100
-    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
 
 def gradients_of(model: Any, logps: torch.Tensor) -> dict[str, torch.Tensor]:

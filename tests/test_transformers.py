@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from small_models import batch
 
 import grpo_kernels as gk
 from grpo_kernels.integrations import transformers as hf
@@ -60,16 +61,6 @@ def model_of(family: str, dtype: torch.dtype = torch.float32) -> Any:
             if parameter.dim() == 2 or name.endswith("bias"):  # as large as a trained model's
                 parameter.normal_(std=0.4)
     return model.train()
-
-
-def batch() -> dict[str, torch.Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(3, 60, (4, 7), generator=generator)
-    mask = torch.ones_like(ids)
-    mask[1, 5:] = 0
-    labels = ids.masked_fill(mask == 0, -100)
-    labels[:, :2] = -100
-    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
 
 @pytest.mark.parametrize("family", list(FAMILIES))

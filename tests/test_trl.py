@@ -19,6 +19,7 @@ datasets = pytest.importorskip("datasets", reason="datasets is not installed: pi
 peft = pytest.importorskip("peft", reason="peft is not installed: pip install peft")
 
 import transformers  # noqa: E402
+import trl_cases  # noqa: E402
 
 from grpo_kernels.integrations import transformers as hf  # noqa: E402
 from grpo_kernels.integrations.trl import (  # noqa: E402
@@ -76,20 +77,10 @@ def config(folder: Any, cls: type = GroupRobustDPOConfig, **options: Any) -> Any
         options = {"group_step_size": 0.5, **options}
     fixed = {
         "output_dir": str(folder),
-        "per_device_train_batch_size": 4,
         "learning_rate": 1e-2,
         "max_steps": 6,
-        "logging_steps": 1,
-        "report_to": "none",
-        "save_strategy": "no",
-        "use_cpu": True,
-        "bf16": False,
-        "gradient_checkpointing": False,
-        "disable_tqdm": True,
-        "dataloader_pin_memory": False,
-        "optim": "sgd",
     }
-    return cls(**(fixed | options))
+    return cls(**(trl_cases.FIXED | fixed | options))
 
 
 def trainer(folder: Any, *, model: Any = None, data: Any = None, eval_data: Any = None, **options: Any) -> Any:

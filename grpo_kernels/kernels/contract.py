@@ -13,7 +13,7 @@ from typing import Protocol
 from torch import Tensor
 
 from grpo_kernels.batch import Pairs, Rows
-from grpo_kernels.kernels.group_robust import GroupRobustTables, GroupState
+from grpo_kernels.kernels.group_robust import GroupRobustTables, GroupState, Upstream
 
 
 class KernelBackend(Protocol):
@@ -50,16 +50,7 @@ class FusedKernelBackend(Protocol):
         ...
 
     def token_logps_backward(
-        self,
-        dtoken_logps: Tensor,
-        logits: Tensor,
-        labels: Tensor,
-        lse: Tensor,
-        ignore_index: int,
-        out: Tensor,
-        factor: Tensor | None = None,
-        row_sequence: Tensor | None = None,
+        self, dtoken_logps: Upstream, logits: Tensor, labels: Tensor, lse: Tensor, ignore_index: int, out: Tensor
     ) -> None:
-        """As in `KernelBackend`; ``factor`` (0-d) multiplies every dtoken_logps. With ``row_sequence`` (rows,),
-        dtoken_logps is (S,), one for each sequence of packed rows."""
+        """As in `KernelBackend`, from gradients of tokens or of sequences."""
         ...

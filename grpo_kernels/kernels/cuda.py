@@ -19,8 +19,10 @@ from grpo_kernels.kernels.group_robust import (
     SUMS,
     GroupRobustTables,
     GroupState,
+    Upstream,
     finish_many_groups,
     new_tables,
+    upstream_of,
 )
 from grpo_kernels.kernels.rows import accumulation_dtype
 
@@ -68,16 +70,10 @@ def token_logps_forward(
 
 
 def token_logps_backward(
-    dtoken_logps: Tensor,
-    logits: Tensor,
-    labels: Tensor,
-    lse: Tensor,
-    ignore_index: int,
-    out: Tensor,
-    factor: Tensor | None = None,
-    row_sequence: Tensor | None = None,
+    dtoken_logps: Upstream, logits: Tensor, labels: Tensor, lse: Tensor, ignore_index: int, out: Tensor
 ) -> None:
     """The contract's function, of `FusedKernelBackend`."""
+    dtoken_logps, factor, row_sequence = upstream_of(dtoken_logps)
     acc = accumulation_dtype(logits)
     for name, tensor, wanted, dtype in (
         ("dtoken_logps", dtoken_logps, labels.shape if row_sequence is None else dtoken_logps.shape, acc),

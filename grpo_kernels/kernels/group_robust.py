@@ -137,6 +137,21 @@ def finish_many_groups(tables: GroupRobustTables, group_ids: Tensor, state: Grou
     tables.sequences[COEFFICIENTS] = (torch.cat([dh, -dh]) * tables.sequences[TOKEN_SCALES]).to(tables.sequences.dtype)
 
 
+class SequenceGradients(NamedTuple):
+    """d loss / d token_logp, which is one number for all tokens of a sequence, times a factor."""
+
+    scale: Tensor  # labels' shape, expanded; with row_sequence (S,)
+    factor: Tensor | None = None  # 0-d
+    row_sequence: Tensor | None = None  # (rows,) int32, of packed rows
+
+
+Upstream = Tensor | SequenceGradients
+
+
+def upstream_of(gradients: Upstream) -> SequenceGradients:
+    return gradients if isinstance(gradients, SequenceGradients) else SequenceGradients(gradients)
+
+
 def token_gradients(
     upstream: tuple[Tensor | None, ...], sequences: Tensor, pairs: Tensor, group_ids: Tensor
 ) -> tuple[Tensor, Tensor | None]:

@@ -17,7 +17,7 @@ from grpo_kernels.batch import Pairs, Rows
 from grpo_kernels.distributed import group_sync
 from grpo_kernels.kernels import dispatch, group_robust, linear, linear_pairs
 from grpo_kernels.kernels.flat import Flat, split
-from grpo_kernels.kernels.group_robust import GroupRobustTables, GroupState
+from grpo_kernels.kernels.group_robust import GroupRobustTables, GroupState, SequenceGradients
 from grpo_kernels.kernels.linear import LinearHead
 from grpo_kernels.kernels.linear_pairs import Forecast, Swept
 from grpo_kernels.kernels.linear_plan import LinearPlan
@@ -176,17 +176,11 @@ def _group_robust_loss_fake(logits: Tensor, *flat: Any) -> tuple[Tensor, ...]:
 def _group_robust_loss_backward_into(out: Tensor, arguments: tuple[Any, ...]) -> None:
     *upstream, logits, lse, row_sequence, sequences, pairs, group_ids, labels, ignore_index, backend = arguments
     scale, factor = group_robust.token_gradients(tuple(upstream), sequences, pairs, group_ids)
-    packed = labels.dim() == 1
-    dispatch.fused_kernels_of(backend).token_logps_backward(
-        scale if packed else scale.unsqueeze(1).expand(labels.shape),
-        logits,
-        labels,
-        lse,
-        ignore_index,
-        out,
-        factor,
-        row_sequence if packed else None,
-    )
+    if labels.dim() == 1:
+        gradients = SequenceGradients(scale, factor, row_sequence)
+    else:
+        gradients = SequenceGradients(scale.unsqueeze(1).expand(labels.shape), factor)
+    dispatch.fused_kernels_of(backend).token_logps_backward(gradients, logits, labels, lse, ignore_index, out)
 
 
 def _logits_of(arguments: tuple[Any, ...]) -> Tensor:

@@ -22,6 +22,7 @@ from grpo_kernels.kernels.group_robust import (
     PAIR_LOSSES,
     GroupRobustTables,
     GroupState,
+    SequenceGradients,
 )
 from ptx import cuda_kernels, triton_kernels
 from ptx.device import Device
@@ -148,13 +149,15 @@ def run_fused(compiler: str, case: Fused, mutate: Mutate | None = None) -> None:
     with on(device):
         tables = device.call(backend.group_robust_forward, logits, rows, pairs, groups, splits=case.splits)
         scale = tables.sequences[COEFFICIENTS]
+        gradients = SequenceGradients(scale, None, tables.row_sequence)
+        if not case.packed:
+            gradients = SequenceGradients(scale[:, None].expand(rows.labels.shape))
         out = torch.empty_like(logits)
         device.memory.add(out, "out", initialised=False)
         device.call(
             backend.token_logps_backward,
-            scale if case.packed else scale[:, None].expand(rows.labels.shape),
+            gradients,
             *(logits, rows.labels, tables.lse, IGNORED, out),
-            row_sequence=tables.row_sequence if case.packed else None,
         )
     for one in (*tables, out):
         assert one.numel() == 0 or device.memory.is_written(one)

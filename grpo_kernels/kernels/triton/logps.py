@@ -25,6 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from grpo_kernels.kernels.group_robust import Upstream, upstream_of
 from grpo_kernels.kernels.rows import accumulation_dtype
 from grpo_kernels.kernels.triton.tiles import row_splits, tile_for
 
@@ -418,20 +419,10 @@ def token_logps_forward(
 
 
 def token_logps_backward(
-    dtoken_logps: Tensor,
-    logits: Tensor,
-    labels: Tensor,
-    lse: Tensor,
-    ignore_index: int,
-    out: Tensor,
-    factor: Tensor | None = None,
-    row_sequence: Tensor | None = None,
+    dtoken_logps: Upstream, logits: Tensor, labels: Tensor, lse: Tensor, ignore_index: int, out: Tensor
 ) -> None:
-    """The contract's function.
-
-    ``factor`` (0-d) multiplies every dtoken_logps. With ``row_sequence`` (rows,), dtoken_logps is (S,), one for each
-    sequence of packed rows.
-    """
+    """The contract's function, of `FusedKernelBackend`."""
+    dtoken_logps, factor, row_sequence = upstream_of(dtoken_logps)
     num_rows, vocab_size = labels.numel(), logits.shape[-1]
     if num_rows == 0 or vocab_size == 0:
         return
