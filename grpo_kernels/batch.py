@@ -167,7 +167,7 @@ class Pairs:
         def of_sequences(values: Tensor | None) -> Tensor | None:
             if values is None:
                 return None
-            values = values.unflatten(0, (2, -1))
+            values = values.reshape(2, values.shape[0] // 2)
             return values if some is None else values[:, some]
 
         def of_pairs(values: Any) -> Any:
