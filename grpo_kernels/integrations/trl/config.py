@@ -88,7 +88,7 @@ class GroupRobustDPOConfig(DPOConfig):
     group_step_size: float | None = field(
         default=None,
         metadata={
-            "help": f"eta, the step size of the group weights alpha; by default {STEP_SIZE}. Of the default rule."
+            "help": "eta, the step size of the group weights alpha; by default 0.01. Of the default rule."
         },
     )
     group_update: str | None = field(
