@@ -87,9 +87,7 @@ class GroupRobustDPOConfig(DPOConfig):
     group_column: str = field(default="group", metadata={"help": "Column with each pair's group, a name or a number."})
     group_step_size: float | None = field(
         default=None,
-        metadata={
-            "help": "eta, the step size of the group weights alpha; by default 0.01. Of the default rule."
-        },
+        metadata={"help": "eta, the step size of the group weights alpha; by default 0.01. Of the default rule."},
     )
     group_update: str | None = field(
         default=None,
