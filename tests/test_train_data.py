@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import importlib.util
 import json
+import math
 import os
 import re
 import shlex
@@ -193,6 +194,12 @@ def test_the_step_size_is_in_units_of_the_loss() -> None:
         assert loss_at_zero(config) == pytest.approx(at_zero)
         assert config.group_step_size == pytest.approx(0.05 / at_zero)
     assert parse(["--group_step_size", "0.7"])[1].group_step_size == 0.7
+    _, mixture, _ = parse(["--loss_type", "sigmoid", "apo_zero", "sft"])
+    assert mixture.group_step_size == pytest.approx(0.05 / (math.log(2) + 1))  # apo_zero begins at 1, sft at 0
+    assert parse(["--loss_type", "sft"])[1].group_step_size is None, "it begins at 0, which is no unit"
+    other_rule = parse(["--group_options", '{"rule": "soft_maximum", "temperature": 0.2}'])[1]
+    assert other_rule.group_step_size is None
+    assert other_rule.group_weights_options()["rule"] == "soft_maximum"
 
 
 def test_a_file_of_options(tmp_path: Path) -> None:

@@ -116,7 +116,7 @@ class Run:
         return {
             "model": model or "small Llama",
             "data": self.options.data or "embedded task",
-            "loss_type": config.loss_type[0],
+            "loss_type": " + ".join(config.loss_type),
             "beta": config.beta,
             "step_size": config.group_step_size,
             "seed": config.seed,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -121,8 +122,10 @@ def parse(arguments: Sequence[str]) -> tuple[TrainOptions, TrainerOptions, Model
     if not names & {"--model", "--model_name_or_path"}:
         parser.set_defaults_with_config(**SMALL_MODEL)
     options, config, model = parser.parse_args_and_config(list(arguments))
-    if config.group_step_size is None:
-        config.group_step_size = 0.05 / loss_at_zero(config)  # in its units DPO and IPO move alpha alike
+    elsewhere = {"rule", "step_size"} & set(config.group_options or {})
+    at_zero = loss_at_zero(config)
+    if config.group_step_size is None and not elsewhere and 0 < at_zero < math.inf:
+        config.group_step_size = 0.05 / at_zero  # in its units DPO and IPO move alpha alike
     return options, config, model
 
 
@@ -131,7 +134,15 @@ def word_after(flag: str, arguments: Sequence[str]) -> str | None:
 
 
 def loss_at_zero(config: GroupRobustDPOConfig) -> float:
-    """The pair loss of a policy that is its reference: log 2 for "sigmoid", 1 / (4 beta^2) for "ipo"."""
+    """The pair loss of a policy that is its reference: log 2 for "sigmoid", 1 / (4 beta^2) for "ipo".
+
+    Of losses without a reference it is that of log-probabilities of 0, which may be 0 or not finite.
+    """
     return preference_losses(
-        torch.zeros(2), beta=config.beta, loss_type=config.loss_type[0], label_smoothing=config.label_smoothing
+        torch.zeros(2),
+        beta=config.beta,
+        loss_type=config.loss_type,
+        label_smoothing=config.label_smoothing,
+        token_counts=torch.ones(2),
+        **config.spec_options(),
     ).item()
