@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from makefile import make_would
 
 ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "README.md").read_text()
@@ -71,22 +72,19 @@ def test_no_block_is_left_out() -> None:
     ],
 )
 def test_make_targets_run_what_the_readme_says(target: str, runs: str) -> None:
-    shown = subprocess.run(["make", "-n", target, "VENV=unused"], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert "-m venv unused" in shown.stdout
-    assert runs in shown.stdout
-    bare = subprocess.run(
-        ["make", "-n", target, "VENV=", "PYTHON=mine"], cwd=ROOT, capture_output=True, text=True, check=True
-    )
-    assert "venv" not in bare.stdout
-    assert f"mine {runs}" in bare.stdout or "mine -m" in bare.stdout
+    shown = make_would(target, "VENV=unused")
+    assert "-m venv unused" in shown
+    assert runs in shown
+    bare = make_would(target, "VENV=", "PYTHON=mine")
+    assert "venv" not in bare
+    assert f"mine {runs}" in bare or "mine -m" in bare
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="there is no make here")
 def test_the_tests_as_on_older_processors() -> None:
     """CONTRIBUTING.md's `make test-cpus`: all tests, or the files of FEW, with the instructions of two older ones."""
     for few in ([], ["FEW=1"]):
-        command = ["make", "-n", "test-cpus", "VENV=", "PYTHON=mine", "PARALLEL=-n 1", *few]
-        shown = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+        shown = make_would("test-cpus", "VENV=", "PYTHON=mine", "PARALLEL=-n 1", *few)
         sse, avx2 = (shlex.split(line) for line in shown.splitlines())
         assert sse[:3] == ["ATEN_CPU_CAPABILITY=default", "ONEDNN_MAX_CPU_ISA=SSE41", "OMP_NUM_THREADS=1"]
         assert avx2[:2] == ["ATEN_CPU_CAPABILITY=avx2", "ONEDNN_MAX_CPU_ISA=AVX2"]
