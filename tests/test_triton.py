@@ -41,7 +41,7 @@ from grpo_kernels.kernels import gate
 from grpo_kernels.kernels import group_robust as tables
 from grpo_kernels.kernels import triton as kernels
 from grpo_kernels.kernels.rows import empty_gradient
-from grpo_kernels.kernels.triton import group_robust, logps, tiles
+from grpo_kernels.kernels.triton import group_robust, launch, logps, tiles
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -304,18 +304,18 @@ def test_every_contiguous_shape_takes_the_wide_path() -> None:
     """What the launch says of rows of a class; the gate looks at the code that this picks."""
     for name, make in gate.SHAPE_CLASSES.items():
         for dtype in (torch.bfloat16, torch.float32):
-            of_rows = logps.layout(make(dtype), skipped=0)
+            of_rows = launch.layout(make(dtype), skipped=0)
             assert of_rows["STRIDED"] == (name == gate.STRIDED)
             assert of_rows["EDGES"] == (name not in ("V % 16 == 0", "V % 16 == 8", "packed, V % 16 == 0"))
             gradient = empty_gradient(make(dtype))
-            assert logps.alike(make(dtype), gradient, 0, 0) == (name != gate.STRIDED), name
+            assert launch.alike(make(dtype), gradient, 0, 0) == (name != gate.STRIDED), name
 
 
 def test_logits_off_a_boundary_are_given_from_it() -> None:
     storage = torch.zeros(200, dtype=torch.bfloat16)
-    origin, skipped = logps.aligned_origin(storage[13:].view(11, 17))
+    origin, skipped = launch.aligned_origin(storage[13:].view(11, 17))
     assert (origin.data_ptr() - storage.data_ptr(), skipped) == (16, 5)
-    assert logps.aligned_origin(storage[16:])[1] == 0
+    assert launch.aligned_origin(storage[16:])[1] == 0
 
 
 def test_tables_have_names_for_all_rows() -> None:

@@ -52,7 +52,7 @@ class Variant:
 
 def variant_of(kernel: str, dtype: str, shape_class: str, splits: int = 1) -> Variant:
     """What a launch with logits of this class is compiled as."""
-    from grpo_kernels.kernels.triton.logps import layout
+    from grpo_kernels.kernels.triton.launch import layout
 
     logits = SHAPE_CLASSES[shape_class](getattr(torch, dtype))
     of_rows = layout(logits, skipped=0)

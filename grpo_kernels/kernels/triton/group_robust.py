@@ -29,22 +29,24 @@ from grpo_kernels.kernels.group_robust import (
 )
 from grpo_kernels.kernels.rows import accumulation_dtype
 from grpo_kernels.kernels.triton.finish import alpha_loss_and_coefficients, pairs_and_group_sums, split_number
-from grpo_kernels.kernels.triton.logps import (
-    NOT_SPECIALISED,
+from grpo_kernels.kernels.triton.launch import (
     aligned_origin,
     device_of,
-    label_of,
     layout,
-    merge_rows,
     multiprocessors,
     positions,
+    strides_of,
+    triton_dtype,
+)
+from grpo_kernels.kernels.triton.logps import (
+    NOT_SPECIALISED,
+    label_of,
+    merge_rows,
     row_offset,
     scan_row,
     store_ignored_row,
     store_partial,
     store_row,
-    strides_of,
-    triton_dtype,
 )
 from grpo_kernels.kernels.triton.tiles import row_splits, tile_for
 
