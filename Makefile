@@ -1,4 +1,4 @@
-# make train: the main job.  make test: lint, types and tests.  make docs: the documentation as a site, in build/site.
+# make train: the main job.  make test: lint, types and tests.  make docs: the documentation as a site, in build/site.  make dist: packages.
 # All create .venv with what they need.
 # make test VENV= PYTHON=python uses the current interpreter and installs nothing.
 
@@ -14,7 +14,7 @@ READY := $(VENV)/.ready
 DOCS_READY := $(VENV)/.docs-ready
 endif
 
-.PHONY: train demo test test-cpus test-trl test-models lint docs bench plots sanitize ptx gpu-check clean
+.PHONY: train demo test test-cpus test-trl test-models lint docs dist bench plots sanitize ptx gpu-check clean
 
 train: $(READY)
 	$(PY) -m grpo_kernels train --compare $(ARGS)
@@ -102,6 +102,10 @@ $(VENV)/.ready: pyproject.toml constraints.txt setup.py $(wildcard csrc/* csrc/*
 	$(VENV)/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt torch
 	$(VENV)/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[test]'
 	touch $@
+
+# dist/: the source, a pure wheel and one with the extension; each installed and tried outside the checkout.
+dist: $(READY)
+	$(PY) .ci/dist.py
 
 # The extra alone: installing the package once more would build the extension again.
 DOCS_EXTRA := import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"])
