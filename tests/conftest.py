@@ -16,10 +16,13 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
+import quick_interpreter
 import simulated_cuda
 
 import grpo_kernels as gk
 from grpo_kernels.kernels import dispatch
+
+quick_interpreter.install()
 
 # `make test-cpus`: the extension, too, takes no newer instructions than PyTorch is told to take.
 if not gk.backends()["cpp"] and (capability := os.environ.get("ATEN_CPU_CAPABILITY")):

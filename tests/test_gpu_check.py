@@ -57,7 +57,7 @@ def run(tmp_path: Path, *stages: gpu_check.Stage) -> dict[str, Any]:
 
 
 def test_a_stage_that_fails_or_hangs_costs_the_others_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu_check, "GRACE", 3)
+    monkeypatch.setattr(gpu_check, "GRACE", 5)
     deaf = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); print('{\"a\": 1}', flush=True); "
     beside = "import time; time.sleep(1); print('{\"b\": 2}')"
     began = time.monotonic()
@@ -68,8 +68,8 @@ def test_a_stage_that_fails_or_hangs_costs_the_others_nothing(tmp_path: Path, mo
         gpu_check.Stage("absent", 20, ("no-such-program",)),
         stage("after", "import os; print('{\"seconds\": %s}' % os.environ['GPU_CHECK_SECONDS'])", after=("beside",)),
         stage("hangs", deaf + "import subprocess; subprocess.Popen(['sleep', '60']); time.sleep(60)", until=6),
-        stage("asked", "import time; time.sleep(60)", until=10),
-        stage("garbled", "print('{not json'); print('{\"c\": 3}', end='')"),
+        stage("asked", "import time; time.sleep(60)", until=16),
+        stage("garbled", "print('{not json'); print('{\"c\": 3}', end='')", until=40),
     )
     assert time.monotonic() - began < 50
     outcomes = {name: one["outcome"] for name, one in records.items()}

@@ -350,7 +350,7 @@ def test_a_build_that_fails(tmp_path: Path) -> None:
     """auto says what is missing and goes on; cpu does not go on."""
     pytest.importorskip("setuptools", minversion="77")
     pytest.importorskip("pybind11")
-    broken = {"CC": "no-such-compiler", "CXX": "no-such-compiler"}
+    broken = {"CC": "no-such-compiler", "CXX": "no-such-compiler", "NVCC": "no-such-compiler"}
     auto = build(tmp_path, GRPO_KERNELS_BUILD="auto", **broken)
     assert auto.returncode == 0, auto.stderr
     assert "It needs a C++17 compiler" in auto.stderr

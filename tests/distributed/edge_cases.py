@@ -234,7 +234,8 @@ def meshes_of_two_dimensions() -> None:
         wanted = torch.autograd.grad(from_states.loss, (states, weight, bias))
         local, labels, ids, ref = part(batch, mine)
         options = {"process_group": mesh.get_group("dp"), "gradient_reduction": "sum"}
-        for backend in backends():
+        # An empty shard, of four, is an edge of the kernels, too.
+        for backend in backends(interpreted=shape in ((1, 2), (1, 4))):
             for placement, part_of_rank in ((Shard(2), columns), (Replicate(), slice(None))):
                 ours = local[..., part_of_rank].clone()
                 size = torch.Size((8, 4, vocab))

@@ -13,7 +13,10 @@ import traceback
 from datetime import timedelta
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
 import edge_cases  # noqa: F401  (adds its cases)
+import quick_interpreter
 import sharded_cases  # noqa: F401
 import torch
 import torch.distributed as dist
@@ -42,6 +45,7 @@ def rank_of_world(rank: int, world: int, folder: Path) -> None:
 
 
 def main(folder: Path) -> None:
+    quick_interpreter.install()
     for world in WORLD_SIZES:
         try:
             torch.multiprocessing.start_processes(rank_of_world, (world, folder), nprocs=world, start_method="fork")
