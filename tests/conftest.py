@@ -10,6 +10,9 @@ import pytest
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["OMP_NUM_THREADS"] = "1"
 
+# Inductor's pool of compiling processes costs more to start than the few kernels here.
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+
 import torch
 
 # Without a GPU the Triton kernels run in its interpreter, which has to be chosen before anything imports Triton.

@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import re
-import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from once import once
 
 ROOT = Path(__file__).parent.parent
 RUN_ON = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node")
-# AdamW divides a gradient that is nothing but rounding by its own size: in float32 runs that ought to be the same drift
-# apart. In float64 they agree in all digits that are printed, but for the last one's rounding.
-IN_FLOAT64 = (
-    "import runpy, sys, torch; torch.set_default_dtype(torch.float64); runpy.run_path(sys.argv[1], run_name='__main__')"
-)
+FORKED = ROOT / "tests" / "ranks_of_examples.py"
+# In float64 runs that are the same method agree in all digits that are printed, but for the last one's rounding.
 PRINTED = 1.5e-6
 
 
@@ -43,29 +42,28 @@ def numbers(output: str) -> list[list[float]]:
     return [[float(x) for x in re.findall(r"\d+\.?\d*", line)] for line in output.splitlines() if "alpha" in line]
 
 
-def alone(script: str) -> list[list[float]]:
-    """One rank needs no launcher."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
-    ranks = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
-    return numbers(output_of("-c", IN_FLOAT64, f"examples/{script}", **address, **ranks))
+@pytest.fixture(scope="module")
+def on_ranks(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, int], list[list[float]]]:
+    """The numbers that a script prints on one rank or on two."""
+    scripts = ["ddp.py", "fsdp2.py", *(["with_accelerate.py"] if importlib.util.find_spec("accelerate") else [])]
+    jobs = [f"{ROOT / 'examples' / script}:{ranks}" for script in scripts for ranks in (1, 2)]
+    folder = once(tmp_path_factory, "examples", lambda folder: output_of(str(FORKED), str(folder), *jobs))
 
+    def printed(script: str, ranks: int) -> list[list[float]]:
+        return numbers((folder / f"{script}-{ranks}-0").read_text())
 
-def two(script: str) -> list[list[float]]:
-    command = ["--no-python", sys.executable, "-c", IN_FLOAT64, f"examples/{script}"]
-    return numbers(output_of(*RUN_ON, "2", *command))
+    return printed
 
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="this PyTorch has no torch.distributed")
-def test_both_scripts_on_one_rank_and_on_two_are_the_same_method() -> None:
-    first = alone("ddp.py")
+def test_both_scripts_on_one_rank_and_on_two_are_the_same_method(on_ranks: Callable) -> None:
+    first = on_ranks("ddp.py", 1)
     assert [line[0] for line in first] == [5, 10, 15, 20]
     assert first[-1][1] < 0.9 * first[0][1], "it learns"
     for line in first:
         assert sum(line[2:]) == pytest.approx(1, abs=3 * PRINTED)
-    for other in (two("ddp.py"), alone("fsdp2.py"), two("fsdp2.py")):
-        for line, same in zip(first, other, strict=True):
+    for other in (("ddp.py", 2), ("fsdp2.py", 1), ("fsdp2.py", 2)):
+        for line, same in zip(first, on_ranks(*other), strict=True):
             assert same == pytest.approx(line, abs=PRINTED)
 
 
@@ -82,11 +80,11 @@ def test_pure_torch() -> None:
     assert lines[-1][1] < 0.9 * lines[0][1], "it learns"
 
 
-def test_accelerate() -> None:
+def test_accelerate(on_ranks: Callable) -> None:
     """A step of four micro-batches on one rank, or of two on each of two."""
     pytest.importorskip("accelerate", reason="accelerate is not installed: pip install 'grpo-kernels[trl]'")
     assert len((ROOT / "examples/with_accelerate.py").read_text().splitlines()) <= 40
-    one, both = numbers(output_of("-c", IN_FLOAT64, "examples/with_accelerate.py")), two("with_accelerate.py")
+    one, both = (on_ranks("with_accelerate.py", ranks) for ranks in (1, 2))
     assert [line[0] for line in both] == [5, 10, 15, 20]
     assert len({line[1] for line in both}) == 4, "alpha moves"
     for line, same in zip(one, both, strict=True):
