@@ -124,7 +124,7 @@ def test_known_saddle() -> None:
         ids,
         gk.GroupRobustLoss(weights, beta=1.0),
         torch.optim.SGD([theta], lr=0.02),
-        steps=4000,
+        steps=2000,
         projection=algorithm.box(-2.0, 2.0),
     )
     assert average.theta.item() == pytest.approx(0, abs=0.12)

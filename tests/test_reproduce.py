@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from once import once
 
 from grpo_kernels.__main__ import main
 from grpo_kernels.paper import claims
@@ -29,8 +30,13 @@ def _one_thread():
 
 
 @pytest.fixture(scope="module")
-def swapped() -> dict[str, Any]:
-    """The comparison of the paper's main features, as the command runs it."""
+def swapped(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    made = once(tmp_path_factory, "swapped", lambda folder: (folder / "r.json").write_text(json.dumps(comparison())))
+    return json.loads((made / "r.json").read_text())
+
+
+def comparison() -> dict[str, Any]:
+    """Of the paper's main features, as the command runs it."""
     results: dict[str, Any] = {"comparison": [], "chi": [], "config": {"seeds": SEEDS}}
     cells = [(scenario, "swapped") for scenario in SCENARIOS]
     with one_thread():
@@ -86,7 +92,7 @@ def test_chi_trades_the_worst_group_for_the_average(swapped, monkeypatch: pytest
     results = {**swapped, **sweep(ipo, SEEDS, 100, monkeypatch, reproduce.CHIS)}
     assert claims.chi_on_training_pairs(results, "IPO").holds, "each seed"
     assert claims.chi_zero_is_importance_sampling(results, "IPO").holds
-    results = {**swapped, **sweep(dpo, SEEDS, 10_000, monkeypatch, (0.0, 0.2, 0.4, 0.7, 1.0))}
+    results = {**swapped, **sweep(dpo, SEEDS, 10_000, monkeypatch, (0.0, 0.4, 1.0))}
     assert claims.chi_on_validation_pairs(results, "DPO").holds, "the mean of the seeds"
     assert claims.chi_zero_is_importance_sampling(results, "DPO").holds
 
