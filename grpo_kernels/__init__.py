@@ -11,7 +11,7 @@ from grpo_kernels.functional import (
 from grpo_kernels.groups.weights import GroupWeights
 from grpo_kernels.kernels.dispatch import backends
 from grpo_kernels.losses import GroupRobustLoss, LinearGroupRobustLoss
-from grpo_kernels.types import IGNORE_INDEX, GroupRobustOutput, VocabShard
+from grpo_kernels.types import IGNORE_INDEX, GroupRobustOutput, TokenMetrics, VocabShard
 
 __all__ = [
     "IGNORE_INDEX",
@@ -19,6 +19,7 @@ __all__ = [
     "GroupRobustOutput",
     "GroupWeights",
     "LinearGroupRobustLoss",
+    "TokenMetrics",
     "VocabShard",
     "__version__",
     "backends",

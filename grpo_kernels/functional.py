@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Unpack
+from typing import Any, Literal, Unpack, overload
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from grpo_kernels.kernels.linear import LinearHead
 from grpo_kernels.kernels.linear_pairs import Forecast
 from grpo_kernels.kernels.linear_plan import BUDGET_OPTIONS, Budget, plan_for
 from grpo_kernels.loss_spec import LossSpec
-from grpo_kernels.types import LinearOptions, LinearTokenOptions, RowOptions, SpecOptions, TokenOptions
+from grpo_kernels.types import LinearOptions, LinearTokenOptions, RowOptions, SpecOptions, TokenMetrics, TokenOptions
 
 
 def sequence_logps(
@@ -73,30 +73,64 @@ def sequence_logps(
     return logps_of_rows(logits, rows, inplace_backward, backend_of("logits", logits, backend))
 
 
+@overload
 def token_logps(
     logits: Tensor,
     labels: Tensor,
     *,
     inplace_backward: bool = False,
+    return_metrics: Literal[False] = False,
     backend: str = "auto",
     **options: Unpack[TokenOptions],
-) -> Tensor:
+) -> Tensor: ...
+@overload
+def token_logps(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    inplace_backward: bool = False,
+    return_metrics: Literal[True],
+    backend: str = "auto",
+    **options: Unpack[TokenOptions],
+) -> tuple[Tensor, TokenMetrics]: ...
+def token_logps(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    inplace_backward: bool = False,
+    return_metrics: bool = False,
+    backend: str = "auto",
+    **options: Unpack[TokenOptions],
+) -> Tensor | tuple[Tensor, TokenMetrics]:
     """Log-probability of each label, for losses that need more than its sum over a sequence.
 
     Arguments, options and errors are those of `sequence_logps`, without ``average``, ``token_weights`` and
     ``context_group``; ``cu_seqlens`` is needed for packed (N, V) logits.
 
+    Args:
+        return_metrics: return (token_logps, `TokenMetrics`): each token's entropy, mean logit, log sum p^2 and top-1
+            hit, without gradient. Whatever the backend they are plain PyTorch over chunks of rows, which reads the
+            logits once more; `linear_token_logps` takes them from the chunks that it makes anyway.
+
     Returns:
         (S, T) or (N,), float32 (float64 for float64 logits), 0 where the label is ``ignore_index``. Differentiable
         once.
 
+    Raises:
+        NotImplementedError: also for ``return_metrics`` with a sharded vocabulary, of which no rank has a whole row.
+
     Example:
         >>> token_logps(torch.zeros(1, 3, 4), torch.tensor([[1, 2, -100]]))
         tensor([[-1.3863, -1.3863,  0.0000]])
+        >>> _, metrics = token_logps(torch.zeros(1, 3, 4), torch.tensor([[1, 2, -100]]), return_metrics=True)
+        >>> metrics.entropy  # log 4
+        tensor([[1.3863, 1.3863, 0.0000]])
     """
     validation.check_option_names(options, TokenOptions)
     logits, rows = rows_of_logits(logits, labels, options)
-    return _token_logps(logits, rows, inplace_backward, backend_of("logits", logits, backend))
+    metrics = _metrics_of_logits(logits, rows) if return_metrics else None
+    logps = _token_logps(logits, rows, inplace_backward, backend_of("logits", logits, backend))
+    return logps if metrics is None else (logps, metrics)
 
 
 def linear_sequence_logps(
@@ -145,15 +179,38 @@ def linear_sequence_logps(
     return linear_logps(hidden, head, rows, budget, backend_of("hidden", hidden, backend))
 
 
+@overload
 def linear_token_logps(
     hidden: Tensor,
     weight: Tensor,
     labels: Tensor,
     *,
     bias: Tensor | None = None,
+    return_metrics: Literal[False] = False,
     backend: str = "auto",
     **options: Unpack[LinearTokenOptions],
-) -> Tensor:
+) -> Tensor: ...
+@overload
+def linear_token_logps(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    bias: Tensor | None = None,
+    return_metrics: Literal[True],
+    backend: str = "auto",
+    **options: Unpack[LinearTokenOptions],
+) -> tuple[Tensor, TokenMetrics]: ...
+def linear_token_logps(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    bias: Tensor | None = None,
+    return_metrics: bool = False,
+    backend: str = "auto",
+    **options: Unpack[LinearTokenOptions],
+) -> Tensor | tuple[Tensor, TokenMetrics]:
     """`token_logps` from hidden states and the head's weight: what losses of single tokens start from.
 
     Arguments are those of `linear_sequence_logps`, but that hidden (..., D) and labels (...) may have any leading
@@ -181,9 +238,12 @@ def linear_token_logps(
         hidden, labels = hidden.reshape(1, -1, hidden.shape[-1]), labels.reshape(1, -1)
     hidden, head, rows = rows_of_hidden(hidden, head, labels, row_options)
     entry = backend_of("hidden", hidden, backend)
+    if return_metrics:
+        logps, metrics = _linear_logps_and_metrics(hidden, head, rows, budget, entry)
+        return logps.view(shape), TokenMetrics._make(of_one.view(shape) for of_one in metrics)
     if entry.module is None:
         return _token_logps(_whole_logits(hidden, head), rows, False, entry).view(shape)
-    return _linear_token_logps(hidden, head, rows, budget, entry).view(shape)
+    return _linear_token_logps(hidden, head, rows, budget, entry)[0].view(shape)
 
 
 def preference_losses(
@@ -244,6 +304,28 @@ def preference_losses(
     return losses_of_pairs(policy_logps, pairs)
 
 
+# -- what integrations call ------------------------------------------------------------------------------------------
+
+
+def sequence_logps_and_metrics(
+    logits: Tensor, labels: Tensor, *, inplace_backward: bool = False, backend: str = "auto", **options: Any
+) -> tuple[Tensor, TokenMetrics]:
+    """`sequence_logps`, and what ``return_metrics`` adds to `token_logps`."""
+    logits, rows = rows_of_logits(logits, labels, options)
+    metrics = _metrics_of_logits(logits, rows)
+    return logps_of_rows(logits, rows, inplace_backward, backend_of("logits", logits, backend)), metrics
+
+
+def linear_sequence_logps_and_metrics(
+    hidden: Tensor, weight: Tensor, labels: Tensor, *, bias: Tensor | None = None, backend: str = "auto", **options: Any
+) -> tuple[Tensor, TokenMetrics]:
+    """`linear_sequence_logps`, and what ``return_metrics`` adds to `linear_token_logps`."""
+    head, budget, row_options = checked_head_and_budget(weight, bias, options)
+    hidden, head, rows = rows_of_hidden(hidden, head, labels, row_options)
+    token_logps, metrics = _linear_logps_and_metrics(hidden, head, rows, budget, backend_of("hidden", hidden, backend))
+    return _sums_over_sequences(token_logps, rows), metrics
+
+
 # -- what the modules call: arguments are checked already ----------------------------------------------------------
 
 
@@ -257,7 +339,9 @@ def backend_of(argument: str, tensor: Tensor, name: str) -> dispatch.BackendEntr
     return dispatch.select(name, dispatch.Request(argument, tuple(tensor.shape), tensor.dtype, tensor.device))
 
 
-def rows_of_logits(logits: Tensor, labels: Tensor, options: RowOptions | TokenOptions) -> tuple[Tensor, Rows]:
+def rows_of_logits(
+    logits: Tensor, labels: Tensor, options: RowOptions | TokenOptions | dict[str, Any]
+) -> tuple[Tensor, Rows]:
     """The rank's own logits, and their rows: what every function of logits does first."""
     logits, vocab_shard = dtensor.local_logits(logits, options.get("vocab_shard"))
     labels, given = _unwrapped(labels, options)
@@ -335,20 +419,44 @@ def linear_logps(
         of_batch = (*ops.ROWS.pack(rows), *ops.PLAN.pack(plan), *ops.PAIRS.pack(pairs), *ops.FORECAST.pack(forecast))
         logps: Tensor = LinearPairLogps.apply(hidden, *head, *of_batch, entry.name)
         return logps
-    return _sums_over_sequences(_linear_token_logps(hidden, head, rows, budget, entry), rows)
+    return _sums_over_sequences(_linear_token_logps(hidden, head, rows, budget, entry)[0], rows)
 
 
 def _linear_token_logps(
-    hidden: Tensor, head: LinearHead, rows: Rows, budget: Budget, entry: dispatch.BackendEntry
-) -> Tensor:
-    """(...) log-probabilities of the tokens."""
+    hidden: Tensor,
+    head: LinearHead,
+    rows: Rows,
+    budget: Budget,
+    entry: dispatch.BackendEntry,
+    with_metrics: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """(...) log-probabilities of the tokens, and their metrics (..., 4); (0,) where nobody asks for them."""
     plan = plan_for(hidden, head, rows, budget)
     if rows.vocab_shard is not None:
         of_logits, kernels = (head.logit_scale, head.softcap), dispatch.kernels_of(entry.name)
-        return vocab_parallel.VocabParallelLinearTokenLogps.apply(
+        token_logps = vocab_parallel.VocabParallelLinearTokenLogps.apply(
             hidden, head.weight, head.bias, of_logits, rows, plan, kernels
         )
-    return LinearTokenLogps.apply(hidden, *head, *ops.ROWS.pack(rows), *ops.PLAN.pack(plan), entry.name)
+        return token_logps, hidden.new_empty(0)
+    of_batch = (*ops.ROWS.pack(rows), *ops.PLAN.pack(plan))
+    found: tuple[Tensor, Tensor] = LinearTokenLogps.apply(hidden, *head, *of_batch, entry.name, with_metrics)
+    return found
+
+
+def _linear_logps_and_metrics(
+    hidden: Tensor, head: LinearHead, rows: Rows, budget: Budget, entry: dispatch.BackendEntry
+) -> tuple[Tensor, TokenMetrics]:
+    validation.check_whole_vocabulary(rows.vocab_shard)
+    if entry.module is None:
+        logits = _whole_logits(hidden, head)
+        return _token_logps(logits, rows, False, entry), _metrics_of_logits(logits, rows)
+    token_logps, metrics = _linear_token_logps(hidden, head, rows, budget, entry, with_metrics=True)
+    return token_logps, TokenMetrics.of(metrics)
+
+
+def _metrics_of_logits(logits: Tensor, rows: Rows) -> TokenMetrics:
+    validation.check_whole_vocabulary(rows.vocab_shard)
+    return TokenMetrics.of(torch.ops.grpo_kernels.token_metrics(logits.detach(), rows.labels, rows.ignore_index))
 
 
 def _whole_logits(hidden: Tensor, head: LinearHead) -> Tensor:

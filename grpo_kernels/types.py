@@ -111,6 +111,25 @@ class PairOptions(LogpsOptions, total=False):
     total_pairs: int | Tensor | None
 
 
+class TokenMetrics(NamedTuple):
+    """What ``return_metrics=True`` adds, labels' shape each, without gradient; 0 where the label is ignored."""
+
+    entropy: Tensor
+    """-sum_v p_v log p_v, in nats."""
+    mean_logits: Tensor
+    """The mean of the row's logits."""
+    log_sum_sq_probs: Tensor
+    """log sum_v p_v^2: the log-likelihood of a token that the policy itself draws, in the mean (WPO)."""
+    is_top1: Tensor
+    """bool: whether the label has the largest logit; of equal ones the first counts."""
+
+    @classmethod
+    def of(cls, columns: Tensor) -> TokenMetrics:
+        """Of a tensor (..., 4)."""
+        entropy, mean_logits, log_sum_sq_probs, hits = columns.unbind(-1)
+        return cls(entropy, mean_logits, log_sum_sq_probs, hits > 0)
+
+
 class GroupRobustOutput(NamedTuple):
     """What a group-robust loss returns: B pairs, K groups.
 

@@ -95,6 +95,14 @@ def _check_device(name: str, value: Tensor, device: torch.device) -> None:
         raise ValueError(f"{name} must be on the log-probabilities' device {device}, got {value.device}")
 
 
+def check_whole_vocabulary(vocab_shard: Any) -> None:
+    if vocab_shard is not None:
+        raise NotImplementedError(
+            "return_metrics must be False where the vocabulary is sharded (vocab_shard, or a DTensor): a rank has no "
+            "whole row of logits"
+        )
+
+
 def check_same_device(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
     if value.device != other.device:
         raise ValueError(f"{name} must be on {other_name}'s device {other.device}, got {value.device}")

@@ -67,7 +67,7 @@ def operator_calls() -> dict[str, tuple]:
         return ops.PLAN.pack(LinearPlan(name, 9, kept_rows, needs_grad, torch.float32))
 
     of_hidden, of_weight = (True, False, False), (False, True, False)
-    _, linear_lse, kept = OPS.linear_token_logps(hidden, *head, *every, *plan("keep", 42), "torch")
+    _, linear_lse, kept, _ = OPS.linear_token_logps(hidden, *head, *every, *plan("keep", 42), "torch", False)
     backward = (upstream, hidden, *head, *every)
     pairs = Pairs(torch.tensor([1, 0, 1]), torch.randn(6), weights=torch.rand(3), label_smoothing=0.2)
     forecast = Forecast(torch.zeros(2, dtype=torch.float64), torch.ones(2, dtype=torch.float64), 2)
@@ -78,9 +78,10 @@ def operator_calls() -> dict[str, tuple]:
         "token_logps": (logits, labels, -100, "torch"),
         "token_logps_backward": (upstream, logits, labels, lse, -100, "torch"),
         "token_logps_backward_": (upstream, logits.clone(), labels, lse, -100, "torch"),
-        "linear_token_logps": (hidden, *head, *some, *plan("none"), "torch"),
-        "linear_token_logps:keep": (hidden, *head, *every, *plan("keep", 42), "torch"),
-        "linear_token_logps:frozen": (hidden, *head, *some, *plan("frozen"), "torch"),
+        "token_metrics": (logits, labels, -100),
+        "linear_token_logps": (hidden, *head, *some, *plan("none"), "torch", False),
+        "linear_token_logps:keep": (hidden, *head, *every, *plan("keep", 42), "torch", True),
+        "linear_token_logps:frozen": (hidden, *head, *some, *plan("frozen"), "torch", False),
         "linear_token_logps_backward": (*backward, *plan("recompute"), linear_lse, kept[:0], "torch"),
         "linear_token_logps_backward:keep": (*backward, *plan("keep", 42), linear_lse, kept, "torch"),
         "linear_token_logps_backward:hidden": (*backward, *plan("keep", 42, of_hidden), linear_lse, kept, "torch"),

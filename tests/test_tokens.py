@@ -11,6 +11,8 @@ from conftest import batch
 from torch import Tensor
 
 import grpo_kernels as gk
+from grpo_kernels import functional
+from grpo_kernels.kernels import linear_plan, token_metrics
 
 
 def hidden_and_head(dtype: torch.dtype = torch.float64) -> list[Tensor]:
@@ -53,6 +55,98 @@ def test_linear_token_logps_of_sequences() -> None:
         gk.linear_token_logps(hidden.flatten(0, 1), weight, labels)
     with pytest.raises(TypeError, match="'average' is no option here; there are cu_seqlens"):
         gk.linear_token_logps(hidden, weight, labels, average=True)
+
+
+def exact_metrics(logits: Tensor, labels: Tensor) -> gk.TokenMetrics:
+    """In float64; a probability of 0 adds nothing to the entropy."""
+    z, counted = logits.detach().double(), labels != -100
+    logp = z - z.logsumexp(-1, keepdim=True)
+    terms = torch.where(logp == -torch.inf, 0.0, logp.exp() * logp)
+    values = (-terms.sum(-1), z.mean(-1), (2 * logp).logsumexp(-1))
+    hits = (z.max(-1).values == z.gather(-1, labels.clamp(0, z.shape[-1] - 1)[..., None])[..., 0]) & (labels >= 0)
+    return gk.TokenMetrics(*(torch.where(counted, value, 0.0) for value in values), hits & (labels < z.shape[-1]))
+
+
+def assert_metrics(got: gk.TokenMetrics, exact: gk.TokenMetrics, dtype: torch.dtype) -> None:
+    for name, one, other in zip(got._fields, got, exact, strict=True):
+        tolerance = 1e-12 if dtype == torch.float64 else 64 * torch.finfo(torch.float32).eps
+        of_hits = {"check_dtype": name == "is_top1"}
+        torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance, **of_hits)
+        assert not one.requires_grad, name
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("of_sequences", [False, True])
+def test_metrics_of_logits(backend: str, dtype: torch.dtype, of_sequences: bool) -> None:
+    """Beside the same log-probabilities and gradients; a row of one certain token, a label outside the vocabulary."""
+    logits, labels = batch(dtype=dtype)
+    with torch.no_grad():
+        logits[3, 4], logits[3, 4, 2], labels[3, 4] = -torch.inf, 7.0, 2
+        logits[4, 3], labels[4, 3] = logits[4, 3].double().argsort().argsort().to(dtype), 99
+    plain = (gk.sequence_logps if of_sequences else gk.token_logps)(logits, labels, backend=backend)
+    if of_sequences:
+        logps, metrics = functional.sequence_logps_and_metrics(logits, labels, backend=backend)
+    else:
+        logps, metrics = gk.token_logps(logits, labels, return_metrics=True, backend=backend)
+    assert torch.equal(logps.nan_to_num(7.0), plain.nan_to_num(7.0))
+    upstream = torch.linspace(-1, 2, plain.numel()).to(plain.dtype).view_as(plain)
+    grads = [torch.autograd.grad(x, logits, upstream)[0] for x in (logps, plain)]
+    assert torch.equal(*(grad.nan_to_num(7.0) for grad in grads))
+    exact = exact_metrics(logits, labels)
+    assert_metrics(metrics, exact, dtype)
+    assert metrics.entropy[3, 4] == 0
+    assert 0 < int(metrics.is_top1.sum()) < int((labels != -100).sum())
+
+
+@pytest.mark.parametrize("plan", ["auto", "recompute"])
+def test_metrics_of_hidden_states(backend: str, plan: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the chunks of every plan ("auto" keeps, or takes the frozen head's), padded, packed, shifted."""
+    monkeypatch.setattr(linear_plan, "CHUNK_ELEMENTS", 13 * 4)
+    monkeypatch.setattr(token_metrics, "SCRATCH_ELEMENTS", 13 * 3)
+    hidden, weight, bias = hidden_and_head()
+    labels, ends = batch()[1], torch.arange(0, 43, 7)
+    head = {"bias": bias, "logit_scale": 0.5, "softcap": 4.0, "plan": plan, "backend": backend}
+    exact = exact_metrics(4 * torch.tanh(F.linear(hidden, weight, bias) / 8), labels)
+    plain = gk.linear_token_logps(hidden, weight, labels, **head)
+    logps, metrics = gk.linear_token_logps(hidden, weight, labels, return_metrics=True, **head)
+    assert torch.equal(logps, plain)
+    assert_metrics(metrics, exact, torch.float64)
+    grads = [torch.autograd.grad(x.sum(), (hidden, weight, bias), retain_graph=True) for x in (logps, plain)]
+    for one, other in zip(*grads, strict=True):
+        assert torch.equal(one, other)
+    flat = (hidden.flatten(0, 1), weight, labels.flatten())
+    logps, metrics = functional.linear_sequence_logps_and_metrics(*flat, cu_seqlens=ends, **head)
+    torch.testing.assert_close(logps, plain.sum(1))
+    assert_metrics(metrics, gk.TokenMetrics(*(x.flatten() for x in exact)), torch.float64)
+    _, metrics = gk.linear_token_logps(*flat, return_metrics=True, **{**head, "plan": "auto"})
+    assert_metrics(metrics, gk.TokenMetrics(*(x.flatten() for x in exact)), torch.float64)
+    frozen = gk.linear_token_logps(
+        hidden, weight.detach(), labels, return_metrics=True, **{**head, "bias": bias.detach(), "plan": "auto"}
+    )
+    assert_metrics(frozen[1], exact, torch.float64)
+    _, metrics = gk.linear_token_logps(hidden, weight, labels, shift_labels=True, return_metrics=True, **head)
+    shifted = F.pad(labels, (0, 1), value=-100)[:, 1:]
+    assert_metrics(metrics, exact_metrics(4 * torch.tanh(F.linear(hidden, weight, bias) / 8), shifted), torch.float64)
+
+
+def test_a_tie_is_a_hit_of_the_first() -> None:
+    logits = torch.tensor([[[1.0, 5.0, 5.0]]]).expand(1, 2, 3)
+    _, metrics = gk.token_logps(logits, torch.tensor([[1, 2]]), return_metrics=True)
+    assert metrics.is_top1.tolist() == [[True, False]]
+
+
+def test_metrics_need_whole_rows() -> None:
+    shard = gk.VocabShard(0, 13, object())
+    logits, labels = batch()
+    hidden, weight, _ = hidden_and_head()
+    for call in (
+        lambda: gk.token_logps(logits, labels, vocab_shard=shard, return_metrics=True),
+        lambda: functional.sequence_logps_and_metrics(logits, labels, vocab_shard=shard),
+        lambda: gk.linear_token_logps(hidden, weight, labels, vocab_shard=shard, return_metrics=True),
+        lambda: functional.linear_sequence_logps_and_metrics(hidden, weight, labels, vocab_shard=shard),
+    ):
+        with pytest.raises(NotImplementedError, match="return_metrics must be False where the vocabulary is sharded"):
+            call()
 
 
 @pytest.mark.parametrize("average", [False, True])

@@ -16,6 +16,7 @@ from trl_cases import first_batch, logged, model_of, options_of, pairs, trainer,
 
 from grpo_kernels.integrations.trl import GroupRobustDPOConfig
 
+TOKEN_METRICS = ("entropy", "logits/chosen", "logits/rejected", "mean_token_accuracy")
 GROUPS = ["rare", "usual", "usual", "usual"]
 SIZES = {"rare": 4, "usual": 12}
 
@@ -63,6 +64,40 @@ def test_tokens_are_counted_on_after_a_stop(tmp_path: Path, logging_steps: int) 
     assert again.evaluate(pairs(["rare"]))["eval_num_tokens"] == logged(whole, "num_tokens")[-1]
 
 
+@pytest.mark.parametrize("fused_linear", [True, False])
+def test_token_metrics_are_those_of_trl(fused_linear: bool) -> None:
+    """In training and in an evaluation of one batch; a softcap and a scale are in the logits that are averaged."""
+    capped, runs = {"final_logit_softcapping": 5.0, "head_dim": 8}, []
+    for make, more in ((trainer, {"fused_linear": fused_linear, "log_token_metrics": True}), (trl_trainer, {})):
+        data = pairs(["all"] * 8)
+        models = (model_of("Gemma2", seed, **capped) for seed in (0, 1))
+        of = make(*models, data, data.select(range(3)), **more)
+        of.train()
+        runs.append((of, of.evaluate()))
+    (ours, of_ours), (theirs, of_theirs) = runs
+    assert (ours._head is not None) is fused_linear
+    for name in TOKEN_METRICS:
+        assert logged(ours, name) == pytest.approx(logged(theirs, name), rel=1e-5), name
+        assert len(set(logged(ours, name))) > 1 or name == "mean_token_accuracy"
+        assert of_ours[f"eval_{name}"] == pytest.approx(of_theirs[f"eval_{name}"], rel=1e-5), name
+
+
+def test_tokens_of_several_batches_weigh_alike() -> None:
+    """TRL averages the means of batches; here every token counts alike, over groups and micro-batches."""
+    of = trainer(data=pairs(GROUPS * 2), log_token_metrics=True, eval_data=pairs(GROUPS * 2))
+    of.args.per_device_eval_batch_size = 3
+    metrics = of.evaluate()
+    batch = of._prepare_inputs(of.data_collator(list(of.eval_dataset)))
+    with torch.no_grad():
+        z = of.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1].double()
+    counted, labels = batch["completion_mask"][:, 1:].bool(), batch["input_ids"][:, 1:]
+    p, (chosen, _) = z.softmax(-1), counted.chunk(2)
+    assert metrics["eval_entropy"] == pytest.approx(float(-(p * p.log()).sum(-1)[counted].mean()), rel=1e-5)
+    assert metrics["eval_logits/chosen"] == pytest.approx(float(z.mean(-1)[: len(chosen)][chosen].mean()), rel=1e-4)
+    hits = (z.argmax(-1) == labels)[: len(chosen)][chosen]
+    assert metrics["eval_mean_token_accuracy"] == pytest.approx(float(hits.double().mean()))
+
+
 EXPERTS = {"moe_intermediate_size": 16, "num_experts": 4, "num_experts_per_tok": 2, "head_dim": 8}
 
 
@@ -103,7 +138,7 @@ def test_experts_balance_outside_alpha() -> None:
         of.model.train()
         losses.append(of.compute_loss(of.model, first_batch(of, 6)))
     assert of.group_weights.alpha.max() > 0.6
-    _, aux = of._policy_logps(of.model, first_batch(of, 6))
+    *_, aux = of._policy_logps(of.model, first_batch(of, 6))
     torch.testing.assert_close(losses[1] - losses[0], 0.5 * aux, rtol=1e-5, atol=1e-6)
     metrics = of.evaluate()
     assert metrics["eval_aux_loss"] > 1
@@ -124,6 +159,7 @@ def test_other_rules_of_alpha() -> None:
     losses = torch.tensor([record.get(f"groups/{name}/loss", 0) * record[f"groups/{name}/count"] for name in SIZES])
     of_groups = losses * 16 / torch.tensor(list(SIZES.values())) / 4
     expected = (of_groups.double() / 0.3).softmax(0)
+    assert not set(TOKEN_METRICS) & set(record), "not asked for"
     torch.testing.assert_close(of.group_weights.alpha, expected, rtol=1e-5, atol=0)
     assert trainer().group_weights.step_size == 0.01
     assert trainer(group_options={"step_size": 0.5, "floor": 0.1}).group_weights.step_size == 0.5

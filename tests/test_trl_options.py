@@ -24,7 +24,7 @@ from grpo_kernels.integrations.trl.config import REFUSED
 # Read by what this trainer replaces of TRL's; tests below and in test_trl.py run them.
 OF_THE_LOSS = {"beta", "loss_type", "label_smoothing", "router_aux_loss_coef", "precompute_ref_log_probs"}
 OF_THE_LOSS |= {"loss_weights", "f_divergence_type", "f_alpha_divergence_coef", "use_weighting", "discopop_tau"}
-OF_THE_LOSS |= {"gradient_checkpointing_kwargs", "max_length"}  # the latter for the words of an error
+OF_THE_LOSS |= {"ld_alpha", "gradient_checkpointing_kwargs", "max_length"}  # the latter for the words of an error
 # Read by TRL's and Transformers' own code alone, which runs as it is: test_what_is_replaced.
 PASSED_ON_TEXT = """
 accelerator_config activation_checkpointing activation_checkpointing_kwargs activation_offloading
@@ -60,7 +60,6 @@ REPLACED = {  # whose bodies this trainer does not call
     "_get_num_items_in_batch": transformers.Trainer,
 }
 ANOTHER = {  # a value that is refused
-    "ld_alpha": 0.5,
     "auto_find_batch_size": True,
     "padding_free": True,
     "label_smoothing_factor": 0.1,
@@ -146,6 +145,9 @@ RUNS: dict[str, dict[str, Any]] = {
     "mixture": {"loss_type": ["sigmoid", "bco_pair", "apo_down"], "loss_weights": [0.8, 0.2, 1.0]},
     "divergence": {"f_divergence_type": "alpha_divergence", "f_alpha_divergence_coef": 0.3},
     "tau": {"loss_type": "discopop", "discopop_tau": 0.5},
+    "length": {"ld_alpha": 0.3},
+    "length on logits": {"ld_alpha": 0.3, "loss_type": "ipo", "precompute_ref_log_probs": True},
+    "likelihood": {"use_weighting": True, "loss_type": ["sigmoid", "sigmoid_norm"], "loss_weights": [1.0, 0.5]},
     "keep_start": {"max_length": 8},
     "keep_end": {"max_length": 8, "truncation_mode": "keep_end"},
     "reference in step": {"sync_ref_model": True, "ref_model_sync_steps": 1, "ref_model_mixup_alpha": 0.9},
@@ -163,9 +165,9 @@ def test_honoured_as_by_trl(kind: str) -> None:
     options = {"max_steps": 3, **RUNS[kind]}
     family, dropout = ("GPT2", {"n_embd": 16, "n_head": 2, "n_layer": 1}), {"resid_pdrop": 0.5, "embd_pdrop": 0.5}
     losses = []
-    for make in (trainer, trl_trainer):
+    for make, more in ((trainer, {"fused_linear": kind != "length on logits"}), (trl_trainer, {})):
         model = model_of(family[0], 0, **family[1], **dropout)
-        of = make(model, model_of(family[0], 1, **family[1]), pairs(["all"] * 8), **options)
+        of = make(model, model_of(family[0], 1, **family[1]), pairs(["all"] * 8), **options, **more)
         of.train()
         losses.append(logged(of, "loss"))
     ours, theirs = losses

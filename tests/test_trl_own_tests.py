@@ -16,10 +16,7 @@ import pytest
 
 TRL_TESTS = os.environ.get("TRL_TESTS", "")
 HERE = Path(__file__).parent
-REFUSED = {  # of TRL's options, what its tests try and ours refuses: the tests' names
-    "loss_type": r"test_train_loss_types\[aot",
-    "ld_alpha": r"test_train_with_ld",
-}
+REFUSED = {"loss_type": r"test_train_loss_types\[aot"}  # of TRL's options, what its tests try: the tests' names
 LEFT_OUT = "not VLM and not Vision and not RemoteForCausalLM and not trust_remote_code and not NemotronH"
 
 

@@ -247,8 +247,10 @@ def add_sequence_logps(model: Any, head: Head | None, *, shift_labels: bool = Tr
     """Let ``model(..., labels=labels, sequence_logps=True)`` return (S,) log-probabilities of the labels.
 
     They are computed inside the model's forward, so that wrappers (DDP, FSDP, PEFT, autocast) see one forward and
-    gather and synchronise what they must. Without the flag the forward is as before. With ``output_router_logits=True``
-    a model with experts returns their balancing loss, too: ``(logps, aux_loss)``; see `has_balancing_loss`.
+    gather and synchronise what they must. Without the flag the forward is as before. Beside it the forward takes
+    ``token_weights``, as `sequence_logps` does, and ``return_metrics=True``, which makes it return (logps,
+    `TokenMetrics`) from the same pass. With ``output_router_logits=True`` a model with experts returns their balancing
+    loss, too, as the last of the tuple; see `has_balancing_loss`.
 
     Args:
         model: a causal language model, before it is wrapped. Once is enough; again changes the options.
@@ -274,10 +276,13 @@ def add_sequence_logps(model: Any, head: Head | None, *, shift_labels: bool = Tr
         if not sequence_logps:
             return plain_forward(self, *args, **kwargs)
         labels = kwargs.pop("labels")
+        more = {**options, "token_weights": kwargs.pop("token_weights", None)}
         kwargs, aux_loss = {"use_cache": False, **kwargs}, None
+        with_metrics = kwargs.pop("return_metrics", False)
         if head is None:
             outputs = plain_forward(self, *args, **kwargs)
-            logps = functional.sequence_logps(outputs.logits, labels, inplace_backward=True, **options)
+            of_logits = functional.sequence_logps_and_metrics if with_metrics else functional.sequence_logps
+            found = of_logits(outputs.logits, labels, inplace_backward=True, **more)
             aux_loss = getattr(outputs, "aux_loss", None)
         else:
             if kwargs.get("output_router_logits"):
@@ -287,12 +292,15 @@ def add_sequence_logps(model: Any, head: Head | None, *, shift_labels: bool = Tr
                 hidden = _last_hidden_states(self, kwargs)
             hidden, weight, bias, _ = _with_head(self, head, hidden)
             of_head: dict[str, Any] = {"bias": bias, "logit_scale": head.scale, "softcap": head.softcap}
-            logps = functional.linear_sequence_logps(hidden, weight, labels, **of_head, **options)
+            of_hidden = (
+                functional.linear_sequence_logps_and_metrics if with_metrics else functional.linear_sequence_logps
+            )
+            found = of_hidden(hidden, weight, labels, **of_head, **more)
         if not kwargs.get("output_router_logits"):
-            return logps
+            return found
         if aux_loss is None:
             raise NotImplementedError(f"{type(self).__name__} computes no balancing loss of its experts")
-        return logps, aux_loss
+        return (*found, aux_loss) if isinstance(found, tuple) else (found, aux_loss)
 
     forward.plain_forward = plain_forward  # type: ignore[attr-defined]
     model.forward = MethodType(forward, model)  # a method, so that copy.deepcopy binds the copy's to the copy

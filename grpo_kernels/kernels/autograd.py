@@ -50,17 +50,22 @@ class TokenLogps(torch.autograd.Function):
 
 
 class LinearTokenLogps(torch.autograd.Function):
-    """token_logps (...) of hidden (..., D) and a head, by kernels/linear.py; `flat` is HEAD, ROWS, PLAN, backend."""
+    """token_logps (...) of hidden (..., D) and a head, by kernels/linear.py, and their metrics (..., 4) or (0,).
+
+    `flat` is HEAD, ROWS, PLAN, backend, with_metrics.
+    """
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, *flat: Any) -> Tensor:
-        token_logps, lse, kept = torch.ops.grpo_kernels.linear_token_logps(hidden, *flat)
-        _save(ctx, (hidden, *flat[:-1], lse, kept, flat[-1]))
-        return token_logps
+    def forward(ctx: Any, hidden: Tensor, *flat: Any) -> tuple[Tensor, Tensor]:
+        token_logps, lse, kept, metrics = torch.ops.grpo_kernels.linear_token_logps(hidden, *flat)
+        *of_batch, backend, _ = flat
+        _save(ctx, (hidden, *of_batch, lse, kept, backend))
+        ctx.mark_non_differentiable(metrics)
+        return token_logps, metrics
 
     @staticmethod
     @differentiable_once
-    def backward(ctx: Any, dtoken_logps: Tensor) -> Gradients:
+    def backward(ctx: Any, dtoken_logps: Tensor, _: Any) -> Gradients:
         grads = torch.ops.grpo_kernels.linear_token_logps_backward(dtoken_logps, *_saved(ctx))
         return _of_inputs(ctx, grads)
 

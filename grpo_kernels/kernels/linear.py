@@ -23,6 +23,7 @@ from torch import Tensor
 from grpo_kernels.batch import Rows
 from grpo_kernels.kernels.contract import KernelBackend
 from grpo_kernels.kernels.rows import RowIndex, accumulation_dtype, blocks, counted_chunks, new_token_outputs, take
+from grpo_kernels.kernels.token_metrics import metrics_of_chunk
 
 if TYPE_CHECKING:
     from grpo_kernels.kernels.linear_plan import LinearPlan
@@ -100,24 +101,31 @@ def kept_shape(plan: LinearPlan, hidden: Tensor, weight: Tensor) -> tuple[int, .
 
 
 def linear_token_logps_forward(
-    kernels: KernelBackend, hidden: Tensor, head: LinearHead, rows: Rows, plan: LinearPlan
+    kernels: KernelBackend,
+    hidden: Tensor,
+    head: LinearHead,
+    rows: Rows,
+    plan: LinearPlan,
+    metrics: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(token_logps, lse) as `KernelBackend.token_logps_forward` has them, of the logits that are never held whole.
 
-    The third result is what the plan keeps, of `kept_shape`.
+    The third result is what the plan keeps, of `kept_shape`. ``metrics``: `new_metrics`, to be filled.
     """
     head = head.to(hidden.dtype)
     token_logps, lse = (x.zero_() for x in new_token_outputs(hidden, rows.labels))
     kept = hidden.new_empty(kept_shape(plan, hidden, head.weight))
     states = kept.zero_() if plan.name == "frozen" else None
     buffer = _chunk_buffer(hidden, head, rows, plan)
-    for begin, chunk, (block, block_labels, block_logps, block_lse, block_states) in _chunks(
-        rows.ignore_index, plan.chunk_rows, hidden, rows.labels, token_logps, lse, states
+    for begin, chunk, (block, block_labels, block_logps, block_lse, block_states, block_metrics) in _chunks(
+        rows.ignore_index, plan.chunk_rows, hidden, rows.labels, token_logps, lse, states, metrics
     ):
         chunk_labels = block_labels[chunk]
         end = begin + chunk_labels.shape[0]
         keeps = plan.name == "keep" and end <= plan.kept_rows
         logits = head.logits(take(block, chunk), kept[begin:end] if keeps else buffer)
+        if block_metrics is not None:  # before the gradient is written over the logits
+            block_metrics[chunk] = metrics_of_chunk(logits, chunk_labels)
         arguments = (logits, chunk_labels, rows.ignore_index)
         if keeps or block_states is not None:
             block_logps[chunk], block_lse[chunk] = head.logps_and_unit_gradient(kernels, *arguments)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from grpo_kernels.batch import Pairs, Rows
 from grpo_kernels.distributed import group_sync
-from grpo_kernels.kernels import dispatch, group_robust, linear, linear_pairs
+from grpo_kernels.kernels import dispatch, group_robust, linear, linear_pairs, token_metrics
 from grpo_kernels.kernels.flat import Flat, split
 from grpo_kernels.kernels.group_robust import GroupRobustTables, GroupState, SequenceGradients
 from grpo_kernels.kernels.linear import LinearHead
@@ -44,8 +44,9 @@ _SCHEMAS = (
     "str backend) -> Tensor",
     "token_logps_backward_(Tensor dtoken_logps, Tensor(a!) logits, Tensor labels, Tensor lse, int ignore_index, "
     "str backend) -> ()",
-    f"linear_token_logps(Tensor hidden, {HEAD.schema}, {ROWS.schema}, {PLAN.schema}, str backend) "
-    "-> (Tensor, Tensor, Tensor)",
+    "token_metrics(Tensor logits, Tensor labels, int ignore_index) -> Tensor",
+    f"linear_token_logps(Tensor hidden, {HEAD.schema}, {ROWS.schema}, {PLAN.schema}, str backend, "
+    "bool with_metrics) -> (Tensor, Tensor, Tensor, Tensor)",
     f"linear_token_logps_backward(Tensor dtoken_logps, Tensor hidden, {HEAD.schema}, {ROWS.schema}, {PLAN.schema}, "
     "Tensor lse, Tensor kept, str backend) -> (Tensor, Tensor, Tensor)",
     f"linear_pair_logps(Tensor hidden, {HEAD.schema}, {ROWS.schema}, {PLAN.schema}, {PAIRS.schema}, {FORECAST.schema}, "
@@ -108,14 +109,22 @@ def _nothing(*_: Any) -> None:
     return None
 
 
-def _linear_token_logps(hidden: Tensor, *flat: Any) -> tuple[Tensor, Tensor, Tensor]:
-    head, rows, plan, (backend,) = split(flat, HEAD, ROWS, PLAN)
-    return linear.linear_token_logps_forward(dispatch.kernels_of(backend), hidden, head, rows, plan)
+def _token_metrics_fake(logits: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
+    return token_metrics.new_metrics(logits, labels)
 
 
-def _linear_token_logps_fake(hidden: Tensor, *flat: Any) -> tuple[Tensor, Tensor, Tensor]:
-    head, rows, plan, _ = split(flat, HEAD, ROWS, PLAN)
-    return *new_token_outputs(hidden, rows.labels), hidden.new_empty(linear.kept_shape(plan, hidden, head.weight))
+def _linear_token_logps(hidden: Tensor, *flat: Any) -> tuple[Tensor, ...]:
+    head, rows, plan, (backend, with_metrics) = split(flat, HEAD, ROWS, PLAN)
+    metrics = token_metrics.new_metrics(hidden, rows.labels) if with_metrics else None
+    found = linear.linear_token_logps_forward(dispatch.kernels_of(backend), hidden, head, rows, plan, metrics)
+    return *found, hidden.new_empty(0) if metrics is None else metrics
+
+
+def _linear_token_logps_fake(hidden: Tensor, *flat: Any) -> tuple[Tensor, ...]:
+    head, rows, plan, (_, with_metrics) = split(flat, HEAD, ROWS, PLAN)
+    kept = hidden.new_empty(linear.kept_shape(plan, hidden, head.weight))
+    metrics = token_metrics.new_metrics(hidden, rows.labels) if with_metrics else hidden.new_empty(0)
+    return *new_token_outputs(hidden, rows.labels), kept, metrics
 
 
 def _linear_token_logps_backward(dtoken_logps: Tensor, hidden: Tensor, *flat: Any) -> tuple[Tensor, ...]:
@@ -208,6 +217,7 @@ _OPERATORS = (
     ("token_logps", _token_logps, _token_logps_fake),
     ("token_logps_backward", _token_logps_backward, _token_logps_backward_fake),
     ("token_logps_backward_", _token_logps_backward_inplace, _nothing),
+    ("token_metrics", token_metrics.token_metrics, _token_metrics_fake),
     ("linear_token_logps", _linear_token_logps, _linear_token_logps_fake),
     ("linear_token_logps_backward", _linear_token_logps_backward, _linear_backward_fake),
     ("linear_pair_logps", _linear_pair_logps, _linear_pair_logps_fake),

@@ -6,6 +6,7 @@ import inspect
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+from grpo_kernels import validation
 from grpo_kernels.groups.weights import GroupWeights
 from grpo_kernels.loss_spec import LossSpec
 
@@ -37,7 +38,6 @@ STEP_SIZE = 0.01  # of the group weights, where neither group_step_size nor grou
 # TRL's and Transformers' options that a loss with groups can't honour: the values that are taken, and why no other.
 # Those below the line TRL's own DPOTrainer ignores.
 REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
-    "ld_alpha": ((None,), "all tokens count alike"),
     "auto_find_batch_size": ((False,), "the step that ran out of memory has moved alpha already"),
     # ----
     "padding_free": ((False,), "TRL has given it up for the time being"),
@@ -51,7 +51,7 @@ BESIDE: dict[str, tuple[float, str, str]] = {
     "discopop_tau": (0.05, "loss_type", "discopop"),
     "f_alpha_divergence_coef": (0.5, "f_divergence_type", "alpha_divergence"),
 }
-OF_THE_LOSS = ("loss_weights", "f_divergence_type", "f_alpha_divergence_coef", "use_weighting", "discopop_tau")
+OF_THE_LOSS = ("loss_weights", "f_divergence_type", "f_alpha_divergence_coef", "discopop_tau")
 
 
 def check_version(version: str, trainer: type) -> None:
@@ -80,8 +80,7 @@ class GroupRobustDPOConfig(DPOConfig):
     ``label_smoothing`` counts for "sigmoid" too (cDPO), which TRL ignores there; without a meaning it is an error.
     All of TRL's loss types but "aot", one or several with ``loss_weights``, and losses of `grpo_kernels.pair_losses`
     that TRL lacks. With groups each pair has a loss of its own: "sft" is the mean over the pair's tokens, not over the
-    batch's, and ``use_weighting`` is as in `preference_losses`. An option of TRL's that can't be honoured is an error
-    (`REFUSED`).
+    batch's, and ``ld_alpha`` weighs its tokens, too. An option of TRL's that can't be honoured is an error (`REFUSED`).
     """
 
     group_column: str = field(default="group", metadata={"help": "Column with each pair's group, a name or a number."})
@@ -115,6 +114,12 @@ class GroupRobustDPOConfig(DPOConfig):
     average_log_prob: bool | None = field(
         default=None, metadata={"help": "Average log-probabilities over tokens. By default for 'ipo' only, like TRL."}
     )
+    log_token_metrics: bool = field(
+        default=False,
+        metadata={
+            "help": "Log TRL's entropy, logits/chosen, logits/rejected and mean_token_accuracy, from the same pass."
+        },
+    )
     fused_linear: bool | None = field(
         default=None,
         metadata={"help": "Never hold the logits. By default where the model allows it; True raises elsewhere."},
@@ -138,7 +143,7 @@ class GroupRobustDPOConfig(DPOConfig):
         return {role: column for role, column in named.items() if column is not None}
 
     def spec_options(self) -> dict[str, Any]:
-        """Of the loss, beside its type: they have TRL's names."""
+        """Of the loss, beside its type: they have TRL's names. WPO's weights the trainer makes itself, like TRL's."""
         return {name: getattr(self, name) for name in OF_THE_LOSS}
 
     def group_weights_options(self) -> dict[str, Any]:
@@ -161,6 +166,13 @@ class GroupRobustDPOConfig(DPOConfig):
         for name, (default, other, needed) in BESIDE.items():
             if getattr(self, name) != default and needed not in getattr(self, other):
                 raise ValueError(f"{name} has a meaning for {other}={needed!r} only, got {getattr(self, name)!r}")
+        if self.ld_alpha is not None:
+            validation.check_number("ld_alpha", self.ld_alpha, 0.0, 1.0)
+        if self.use_weighting and self.ld_alpha is not None:
+            raise NotImplementedError(
+                f"use_weighting must be False with ld_alpha, got ld_alpha={self.ld_alpha}: WPO's weights are "
+                "likelihoods of whole answers"
+            )
         LossSpec.of(self.loss_type, **self.spec_options()).check_label_smoothing(self.label_smoothing)
         if "ipo" in self.loss_type and len(self.loss_type) > 1:
             raise NotImplementedError(

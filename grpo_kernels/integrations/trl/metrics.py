@@ -11,8 +11,11 @@ from torch import Tensor
 
 from grpo_kernels.segments import segment_sum
 
+SIDES = ("chosen", "rejected")
 # Sums over pairs of one group; of the last two the squares, for standard errors.
 TOTALS = ("count", "loss", "accuracy", "rewards/chosen", "rewards/rejected", "logps/chosen", "logps/rejected", "tokens")
+# Sums over counted tokens, of a pair's chosen and of its rejected answer; zeros where nobody asks for them.
+TOKEN_TOTALS = tuple(f"{name}/{side}" for name in ("counted", "entropy", "logits", "hits") for side in SIDES)
 SQUARED = ("loss", "accuracy")
 # Sums over micro-batches: of optimizer steps, of the loss that is minimised, of the experts' balancing loss.
 SCALARS = ("steps", "objective", "batches", "aux_loss")
@@ -27,6 +30,7 @@ class BatchMetrics(NamedTuple):
     logps: Tensor  # (2B,)
     tokens: Tensor  # (2B,)
     scalars: tuple[float | Tensor, ...]  # as SCALARS
+    token_sums: Tensor | None = None  # (4, 2B), as TOKEN_TOTALS
 
 
 class GroupTotals:
@@ -41,7 +45,7 @@ class GroupTotals:
         self.clear()
 
     def clear(self) -> None:
-        columns = len(TOTALS) + len(SQUARED)
+        columns = len(TOTALS) + len(TOKEN_TOTALS) + len(SQUARED)
         self.groups = torch.zeros(self.num_groups, columns, dtype=torch.float64, device=self.device)
         self.scalars = torch.zeros(len(SCALARS), dtype=torch.float64, device=self.device)
 
@@ -51,6 +55,8 @@ class GroupTotals:
         hits = 0.5 * ((chosen > rejected).double() + (chosen >= rejected).double())  # a tie is half a hit
         losses, tokens = batch.pair_losses, batch.tokens.view(2, -1).sum(0)
         columns = (torch.ones_like(losses), losses, hits, chosen, rejected, *batch.logps.chunk(2), tokens)
+        token_sums = batch.logps.new_zeros(4, len(batch.logps)) if batch.token_sums is None else batch.token_sums
+        columns += token_sums.view(len(TOKEN_TOTALS), -1).unbind()
         columns += tuple(columns[TOTALS.index(name)].double().square() for name in SQUARED)
         rows, group_ids = torch.stack([column.double() for column in columns], 1), batch.group_ids
         if self.gather is not None:
@@ -76,11 +82,24 @@ class GroupTotals:
 
 class GroupReading(NamedTuple):
     names: list[str]
-    rows: list[list[float]]  # of each group: TOTALS, SQUARED, alpha
+    rows: list[list[float]]  # of each group: TOTALS, TOKEN_TOTALS, SQUARED, alpha
     scalars: dict[str, float]
 
     def total(self, name: str) -> float:
-        return sum(row[TOTALS.index(name)] for row in self.rows)
+        column = (*TOTALS, *TOKEN_TOTALS).index(name)
+        return sum(row[column] for row in self.rows)
+
+    def of_tokens(self) -> dict[str, float]:
+        """Means over the answers' tokens, TRL's names for them; nothing where nobody asked for them."""
+        of_sides = {side: self.total(f"counted/{side}") for side in SIDES}
+        if not all(of_sides.values()):
+            return {}
+        entropies = sum(self.total(f"entropy/{side}") for side in SIDES)
+        return {
+            "entropy": entropies / sum(of_sides.values()),
+            **{f"logits/{side}": self.total(f"logits/{side}") / count for side, count in of_sides.items()},
+            "mean_token_accuracy": self.total("hits/chosen") / of_sides["chosen"],
+        }
 
     def metrics(self, *, standard_errors: bool) -> dict[str, float]:
         """Means over all pairs under TRL's names, and of each group."""
@@ -88,6 +107,7 @@ class GroupReading(NamedTuple):
         metrics = {name: self.total(name) / pairs for name in TOTALS[3:7]}
         metrics["rewards/accuracies"] = self.total("accuracy") / pairs
         metrics["rewards/margins"] = metrics["rewards/chosen"] - metrics["rewards/rejected"]
+        metrics |= self.of_tokens()
         for name, (count, loss, accuracy, *_, loss_squares, accuracy_squares, alpha) in zip(
             self.names, self.rows, strict=True
         ):

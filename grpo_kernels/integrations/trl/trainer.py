@@ -24,7 +24,7 @@ from grpo_kernels.integrations.trl.config import GroupRobustDPOConfig
 from grpo_kernels.integrations.trl.data import GROUP_IDS, GroupCollator, GroupColumn
 from grpo_kernels.integrations.trl.metrics import BatchMetrics, GroupTotals
 from grpo_kernels.losses import GroupRobustLoss
-from grpo_kernels.types import IGNORE_INDEX, GroupRobustOutput
+from grpo_kernels.types import IGNORE_INDEX, GroupRobustOutput, TokenMetrics
 
 STATE_FILE = "group_weights.pt"
 
@@ -36,8 +36,8 @@ class GroupRobustDPOTrainer(DPOTrainer):
     ``args.group_column`` with each pair's group; groups and their sizes are those of the training set.
 
     ``loss`` and ``eval_loss`` are plain means of pair losses, ``objective`` is the weighted loss that is minimised.
-    Logged beside TRL's metrics (without ``entropy``, ``logits/*`` and ``mean_token_accuracy``, which nothing here
-    computes): ``groups/<name>/loss|accuracy|alpha|count`` and ``groups/worst_loss``, in evaluations too, there with the
+    Logged beside TRL's metrics (``entropy``, ``logits/*`` and ``mean_token_accuracy`` with ``log_token_metrics=True``
+    only): ``groups/<name>/loss|accuracy|alpha|count`` and ``groups/worst_loss``, in evaluations too, there with the
     standard errors ``loss_se`` and ``accuracy_se`` (of two pairs or more). A tie is half a hit in ``accuracy``. The
     balancing loss of experts (``router_aux_loss_coef``) is added to the loss outside alpha and logged as ``aux_loss``.
 
@@ -178,13 +178,17 @@ class GroupRobustDPOTrainer(DPOTrainer):
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """The group-robust loss of a batch, for its backward; what is logged as ``loss`` is `training_step`'s."""
-        logps, aux_loss = self._policy_logps(model, inputs)
+        logps, metrics, aux_loss = self._policy_logps(model, inputs)
         if "ref_chosen_logps" in inputs:
             ref_logps = torch.cat([inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]]).to(logps.dtype)
         else:
             ref_logps = self._reference_logps(self.model if self.ref_model is None else self.ref_model, inputs)
         # TRL counts a completion's first token also where it is the sequence's first, which nothing predicts.
         counts = inputs["completion_mask"].sum(1).clamp(min=1)
+        numbers = {role: inputs[role] for role in self._pair_columns}
+        if self.args.use_weighting:
+            assert metrics is not None
+            numbers["weights"] = numbers.get("weights", 1.0) * _wpo_weights(logps.detach(), metrics, inputs)
         lengths: Any = counts if self.args.average_log_prob else 1
         total_pairs = num_items_in_batch if model.training else None
         spec = self.loss_fn.spec
@@ -194,9 +198,9 @@ class GroupRobustDPOTrainer(DPOTrainer):
             ref_logps / lengths if spec.uses_reference else None,
             token_counts=counts if spec.uses_counts else None,
             total_pairs=total_pairs,
-            **{role: inputs[role] for role in self._pair_columns},
+            **numbers,
         )
-        self._take_metrics(out, inputs, logps.detach(), ref_logps, aux_loss)
+        self._take_metrics(out, inputs, logps.detach(), ref_logps, aux_loss, metrics)
         losses = out.pair_losses.detach()
         self._plain_loss = losses.mean()
         if total_pairs is not None:  # Trainer adds up micro-batches and averages over ranks
@@ -246,19 +250,31 @@ class GroupRobustDPOTrainer(DPOTrainer):
 
     # -- log-probabilities -------------------------------------------------------------------------------------
 
-    def _policy_logps(self, model: Any, inputs: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
-        """(2B,) log-probabilities, and the experts' balancing loss where it is asked for."""
-        inputs_and_labels = {**_model_inputs(inputs), "labels": _labels(inputs)}
-        if not self.aux_loss_enabled:
-            return model(**inputs_and_labels, sequence_logps=True), None
-        return model(**inputs_and_labels, sequence_logps=True, output_router_logits=True)
+    def _policy_logps(self, model: Any, inputs: dict[str, Any]) -> tuple[Tensor, TokenMetrics | None, Tensor | None]:
+        """(2B,) log-probabilities, and metrics of tokens and the experts' balancing loss where they are asked for."""
+        asked: dict[str, Any] = {}
+        if self.args.log_token_metrics or self.args.use_weighting:
+            asked["return_metrics"] = True
+        if self.aux_loss_enabled:
+            asked["output_router_logits"] = True
+        found = model(**_model_inputs(inputs), **self._of_logps(inputs), **asked)
+        logps, *others = found if asked else (found,)
+        aux_loss = others.pop() if self.aux_loss_enabled else None
+        return logps, others[0] if others else None, aux_loss
 
     def _reference_logps(self, model: Any, inputs: dict[str, Any]) -> Tensor:
         context: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
         if self.ref_model is None and is_peft_model(self.model):
             context = models.without_adapter(self.accelerator.unwrap_model(self.model))
         with torch.no_grad(), context, self.accelerator.autocast():
-            return model(**_model_inputs(inputs), labels=_labels(inputs), sequence_logps=True)
+            return model(**_model_inputs(inputs), **self._of_logps(inputs))
+
+    def _of_logps(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """What the model's forward takes to make log-probabilities (2B,)."""
+        labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, IGNORE_INDEX)
+        if self.args.ld_alpha is None:
+            return {"labels": labels, "sequence_logps": True}
+        return {"labels": labels, "sequence_logps": True, "token_weights": _ld_weights(inputs, self.args.ld_alpha)}
 
     def _add_sequence_logps(self) -> None:
         """Once, before models are wrapped for training; TRL precomputes reference log-probs in its __init__."""
@@ -296,6 +312,7 @@ class GroupRobustDPOTrainer(DPOTrainer):
         logps: Tensor,
         ref_logps: Tensor,
         aux_loss: Tensor | None,
+        metrics: TokenMetrics | None,
     ) -> None:
         """Add the batch to the sums of each group, on the device; `log` and `evaluation_loop` read them."""
         beta = inputs["beta"].repeat(2) if "beta" in self._pair_columns else self.args.beta
@@ -307,6 +324,7 @@ class GroupRobustDPOTrainer(DPOTrainer):
             logps,
             inputs["attention_mask"].sum(1),
             (1 / self._micro_batches(), out.loss.detach(), *aux),
+            _token_sums(metrics, inputs) if metrics is not None and self.args.log_token_metrics else None,
         )
         self._totals["train" if self.model.training else "eval"].add(batch)
 
@@ -365,5 +383,25 @@ def _model_inputs(inputs: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in inputs.items() if name not in others}
 
 
-def _labels(inputs: dict[str, Any]) -> Tensor:
-    return inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, IGNORE_INDEX)
+def _counted(inputs: dict[str, Any]) -> Tensor:
+    """(2B, T), 1 at a completion's tokens that something predicts: not at a sequence's first."""
+    return torch.cat([torch.zeros_like(inputs["completion_mask"][:, :1]), inputs["completion_mask"][:, 1:]], dim=1)
+
+
+def _ld_weights(inputs: dict[str, Any], ld_alpha: float) -> Tensor:
+    """(2B, T): 1 up to the length of a pair's shorter completion, then ``ld_alpha`` (LD-DPO)."""
+    counted = _counted(inputs)
+    shared = counted.sum(1).view(2, -1).amin(0).repeat(2).unsqueeze(1)
+    return torch.where(counted.cumsum(1) <= shared, 1.0, ld_alpha)
+
+
+def _wpo_weights(logps: Tensor, metrics: TokenMetrics, inputs: dict[str, Any]) -> Tensor:
+    """(B,): the likelihood a token of both answers over that of what the policy draws itself (WPO, as TRL has it)."""
+    aligned = logps - metrics.log_sum_sq_probs.sum(1)
+    return (aligned / _counted(inputs).sum(1).clamp(min=1)).view(2, -1).sum(0).exp()
+
+
+def _token_sums(metrics: TokenMetrics, inputs: dict[str, Any]) -> Tensor:
+    """(4, 2B), as TOKEN_TOTALS."""
+    found = (_counted(inputs), metrics.entropy, metrics.mean_logits, metrics.is_top1)
+    return torch.stack([of_tokens.sum(1).double() for of_tokens in found])
