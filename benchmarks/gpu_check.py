@@ -196,6 +196,11 @@ class Report:
         os.replace(half, target)
 
 
+def _takes_interrupts() -> None:
+    """Also where this program was started in the background, by a shell that makes it ignore them."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 class Job:
     """A stage that runs. Its process group is its own, its session is not: whoever ends this script ends it, too."""
 
@@ -216,7 +221,13 @@ class Job:
         try:
             with self.path.open("wb") as log:
                 self.process = subprocess.Popen(
-                    stage.command, stdout=log, stderr=subprocess.STDOUT, cwd=ROOT, env=environment, process_group=0
+                    stage.command,
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    cwd=ROOT,
+                    env=environment,
+                    process_group=0,
+                    preexec_fn=_takes_interrupts,
                 )
         except OSError as error:
             self._end(f"failed: {error}")

@@ -144,6 +144,9 @@ def test_run_again_by_checkpointing_it_raises_or_is_exact(backend: str, compiled
     """PyTorch would hand over buffers that the forward has overwritten, and the gradient would silently be wrong."""
     from torch.utils.checkpoint import checkpoint
 
+    if backend == "cpp":
+        pytest.skip("the graph is that of torch; backend is a string in it")
+
     def make() -> gk.GroupRobustLoss:
         weights = gk.GroupWeights(group_sizes=[60, 35, 5], step_size=0.9, **options)
         return gk.GroupRobustLoss(weights, reference_free=True, backend=backend)

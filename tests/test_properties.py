@@ -24,7 +24,7 @@ def settled(backend: str) -> settings:
     # Triton's interpreter takes a tenth of a second for a launch, too long to look for the smallest failure.
     slow = backend == "triton" and not torch.cuda.is_available()
     return settings(
-        max_examples=20 if slow else 100,
+        max_examples=12 if slow else 100,
         deadline=None,
         derandomize=True,
         phases=[Phase.generate] if slow else [Phase.generate, Phase.shrink],
