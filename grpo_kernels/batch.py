@@ -112,6 +112,11 @@ class Rows:
         return shifted.masked_fill(next_is_other, last)
 
 
+def by_sequence(of_pairs: Tensor, interleaved: bool) -> Tensor:
+    """(2B,) of (2, B); a function, for torch.compile makes no `Pairs` in a backward."""
+    return (of_pairs.t() if interleaved else of_pairs).reshape(-1)
+
+
 DPO = LossSpec()
 
 
@@ -127,6 +132,7 @@ class Pairs:
     beta: float | Tensor = 0.1  # or (B,)
     label_smoothing: float | Tensor = 0.0  # or (B,)
     spec: LossSpec = DPO
+    interleaved: bool = False  # pair i is sequences 2i and 2i + 1; else i and B + i
 
     @property
     def loss_type(self) -> str:
@@ -136,7 +142,18 @@ class Pairs:
     @property
     def is_fused(self) -> bool:
         """Whether kernels that fuse the whole loss know these."""
-        return self.spec.is_fused and not isinstance(self.label_smoothing, Tensor)
+        return self.spec.is_fused and not isinstance(self.label_smoothing, Tensor) and not self.interleaved
+
+    def by_pair(self, of_sequences: Tensor) -> Tensor:
+        """(2, B), the chosen and the rejected sequences' values, of (2B,)."""
+        num_pairs = of_sequences.shape[0] // 2
+        if self.interleaved:
+            return of_sequences.reshape(num_pairs, 2).t()
+        return of_sequences.reshape(2, num_pairs)
+
+    def by_sequence(self, of_pairs: Tensor) -> Tensor:
+        """(2B,) of (2, B)."""
+        return by_sequence(of_pairs, self.interleaved)
 
     def check(self, num_pairs: int, device: torch.device) -> None:
         validation.check_ref_logps(self.ref_logps, 2 * num_pairs, device)
@@ -167,7 +184,7 @@ class Pairs:
         def of_sequences(values: Tensor | None) -> Tensor | None:
             if values is None:
                 return None
-            values = values.reshape(2, values.shape[0] // 2)
+            values = self.by_pair(values)
             return values if some is None else values[:, some]
 
         def of_pairs(values: Any) -> Any:

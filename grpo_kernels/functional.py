@@ -18,7 +18,15 @@ from grpo_kernels.kernels.linear import LinearHead
 from grpo_kernels.kernels.linear_pairs import Forecast
 from grpo_kernels.kernels.linear_plan import BUDGET_OPTIONS, Budget, plan_for
 from grpo_kernels.loss_spec import LossSpec
-from grpo_kernels.types import LinearOptions, LinearTokenOptions, RowOptions, SpecOptions, TokenMetrics, TokenOptions
+from grpo_kernels.types import (
+    LAYOUTS,
+    LinearOptions,
+    LinearTokenOptions,
+    RowOptions,
+    SpecOptions,
+    TokenMetrics,
+    TokenOptions,
+)
 
 
 def sequence_logps(
@@ -256,6 +264,7 @@ def preference_losses(
     margin: Tensor | None = None,
     weights: Tensor | None = None,
     token_counts: Tensor | None = None,
+    layout: str = "chosen_first",
     **options: Unpack[SpecOptions],
 ) -> Tensor:
     """Loss of each preference pair, from sequence log-probabilities.
@@ -264,7 +273,7 @@ def preference_losses(
     ``l(h_i - margin_i)`` with ``h_i = (logp_w - ref_w) - (logp_l - ref_l)``; others see the two answers apart.
 
     Args:
-        policy_logps: (2B,), the B chosen sequences first, then the B rejected; sums over tokens.
+        policy_logps: (2B,), sums over tokens; the B chosen sequences first, then the B rejected, or as ``layout`` says.
         ref_logps: (2B,) of the reference policy, without gradient; None leaves it out (reference-free).
         beta: positive number, or (B,) tensor with one for each pair.
         loss_type: a name, or a list of names whose losses are added up.
@@ -274,6 +283,7 @@ def preference_losses(
             gamma, too).
         weights: (B,) factors of the pair losses.
         token_counts: (2B,) counted tokens, for losses of means.
+        layout: of what has 2B: "chosen_first", or "interleaved", pair i is sequences 2i and 2i + 1.
         loss_weights: a number for each name of a list. None: 1 each.
         f_divergence_type: "reverse_kl" (the default), "forward_kl", "js_divergence" or "alpha_divergence" with
             ``f_alpha_divergence_coef`` (0.5), for losses of the margin.
@@ -299,7 +309,9 @@ def preference_losses(
     validation.check_logps(policy_logps, ref_logps)
     validation.check_option_names(options, SpecOptions)
     spec = LossSpec.of(loss_type, **options)
-    pairs = Pairs(None, ref_logps, margin, weights, token_counts, beta, label_smoothing, spec)
+    validation.check_choice("layout", layout, LAYOUTS)
+    interleaved = layout == "interleaved"
+    pairs = Pairs(None, ref_logps, margin, weights, token_counts, beta, label_smoothing, spec, interleaved)
     pairs.check(policy_logps.shape[0] // 2, policy_logps.device)
     return losses_of_pairs(policy_logps, pairs)
 

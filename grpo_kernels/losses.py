@@ -34,6 +34,7 @@ from grpo_kernels.loss_spec import LossSpec
 from grpo_kernels.segments import segment_sum
 from grpo_kernels.types import (
     IGNORE_INDEX,
+    LAYOUTS,
     GroupRobustOutput,
     LogpsOptions,
     LossOptions,
@@ -63,6 +64,7 @@ class _GroupRobustLossBase(nn.Module):
         shift_labels: bool = False,
         vocab_shard: VocabShard | None = None,
         context_group: ProcessGroup | None = None,
+        layout: str = "chosen_first",
         backend: str = "auto",
         **options: Unpack[SpecOptions],
     ) -> None:
@@ -70,6 +72,7 @@ class _GroupRobustLossBase(nn.Module):
         if not isinstance(group_weights, GroupWeights):
             raise TypeError(f"group_weights must be a GroupWeights, got {type(group_weights).__name__}")
         validation.check_number("beta", beta, 0.0, open_low=True)
+        validation.check_choice("layout", layout, LAYOUTS)
         validation.check_option_names(options, SpecOptions)
         self.spec = LossSpec.of(loss_type, **options)
         validation.check_number("label_smoothing", label_smoothing, -math.inf)  # (B,) belongs to a call
@@ -89,6 +92,7 @@ class _GroupRobustLossBase(nn.Module):
         self.shift_labels = shift_labels
         self.vocab_shard = vocab_shard
         self.context_group = context_group
+        self.interleaved = layout == "interleaved"
         self.backend = backend
 
     def from_logps(
@@ -101,7 +105,7 @@ class _GroupRobustLossBase(nn.Module):
         total_pairs: int | Tensor | None = None,
         **options: Unpack[LogpsOptions],
     ) -> GroupRobustOutput:
-        """The loss from log-probabilities (2B,) that were computed elsewhere, chosen first.
+        """The loss from log-probabilities (2B,) that were computed elsewhere, in the loss's ``layout``.
 
         In training mode with gradients on: pair losses -> group losses -> alpha update -> loss with the new alpha.
         ``token_counts`` (2B,) for losses of means; ``total_pairs`` and the options ``beta``, ``margin``, ``weights``
@@ -140,7 +144,7 @@ class _GroupRobustLossBase(nn.Module):
         validation.check_group_ids(group_ids, num_pairs, self.group_weights.num_groups, pair_losses.device)
         unknown = torch.full((2, num_pairs), torch.nan, dtype=pair_losses.dtype, device=pair_losses.device)
         output = self._of_losses(pair_losses, group_ids, pair_losses.detach(), total_pairs)
-        return self._with_logps(output, unknown[0].repeat(2), unknown[0].repeat(2))
+        return self._with_logps(output, unknown, unknown)
 
     def _pairs(
         self,
@@ -168,7 +172,9 @@ class _GroupRobustLossBase(nn.Module):
         validation.check_group_ids(group_ids, num_pairs, self.group_weights.num_groups, device)
         beta = self.beta if beta is None else beta
         label_smoothing = self.label_smoothing if label_smoothing is None else label_smoothing
-        pairs = Pairs(group_ids, ref_logps, margin, weights, token_counts, beta, label_smoothing, self.spec)
+        pairs = Pairs(
+            group_ids, ref_logps, margin, weights, token_counts, beta, label_smoothing, self.spec, self.interleaved
+        )
         pairs.check(num_pairs, device)
         return pairs
 
@@ -181,8 +187,7 @@ class _GroupRobustLossBase(nn.Module):
         losses, logps = losses_of_pairs(policy_logps, pairs), policy_logps.detach()
         output = self._of_losses(losses, pairs.group_ids, logps, total_pairs)
         ratios = logps if pairs.ref_logps is None else logps - pairs.ref_logps
-        beta = pairs.beta.repeat(2) if isinstance(pairs.beta, Tensor) else pairs.beta
-        return self._with_logps(output, policy_logps, beta * ratios)
+        return self._with_logps(output, pairs.by_pair(policy_logps), pairs.beta * pairs.by_pair(ratios))
 
     def _of_losses(
         self, losses: Tensor, group_ids: Tensor, of_batch: Tensor, total_pairs: int | Tensor | None
@@ -222,13 +227,9 @@ class _GroupRobustLossBase(nn.Module):
 
     @staticmethod
     def _with_logps(output: GroupRobustOutput, logps: Tensor, rewards: Tensor) -> GroupRobustOutput:
-        """``logps`` and ``rewards``: (2B,), the chosen first."""
-        num_pairs = logps.shape[0] // 2
+        """``logps`` and ``rewards``: (2, B)."""
         return output._replace(
-            chosen_logps=logps[:num_pairs],
-            rejected_logps=logps[num_pairs:],
-            chosen_rewards=rewards[:num_pairs],
-            rejected_rewards=rewards[num_pairs:],
+            chosen_logps=logps[0], rejected_logps=logps[1], chosen_rewards=rewards[0], rejected_rewards=rewards[1]
         )
 
     def _row_options(self, cu_seqlens: Tensor | None, token_weights: Tensor | None) -> RowOptions:
@@ -280,7 +281,8 @@ class _GroupRobustLossBase(nn.Module):
     def extra_repr(self) -> str:
         return (
             f"beta={self.beta}, loss_type={self.loss_type!r}, label_smoothing={self.label_smoothing}, "
-            f"reference_free={self.reference_free}, average_log_prob={self.average_log_prob}, backend={self.backend!r}"
+            f"reference_free={self.reference_free}, average_log_prob={self.average_log_prob}, "
+            f"interleaved={self.interleaved}, backend={self.backend!r}"
         )
 
 
@@ -302,6 +304,8 @@ class GroupRobustLoss(_GroupRobustLossBase):
         ignore_index: label of positions that do not count. -100.
         shift_labels: True where ``logits[:, t]`` predicts ``labels[:, t + 1]`` (Hugging Face). False.
         vocab_shard, context_group: where the vocabulary or the positions are sharded over ranks; see `sequence_logps`.
+        layout: of the 2B sequences: "chosen_first" (the default), pair i is sequences i and B + i, or "interleaved",
+            pair i is sequences 2i and 2i + 1 (NeMo-RL). The kernels that fuse the whole loss know the first only.
         backend: "auto" or a name from `grpo_kernels.backends`.
 
     Example:
@@ -327,7 +331,7 @@ class GroupRobustLoss(_GroupRobustLossBase):
         cu_seqlens: Tensor | None = None,
         **options: Unpack[PairOptions],
     ) -> GroupRobustOutput:
-        """Loss of a batch of B pairs as 2B sequences, the chosen first.
+        """Loss of a batch of B pairs as 2B sequences, the chosen first or as ``layout`` says.
 
         Args:
             logits: (2B, T, V), or packed (N, V) with cu_seqlens (2B + 1,).
@@ -383,7 +387,7 @@ class GroupRobustLoss(_GroupRobustLossBase):
             rejected_rewards=logps,
             group_means=of_groups[tables.SUMS].detach() / counts,
         )
-        return self._with_logps(output, logps, of_sequences[tables.REWARDS].detach())
+        return self._with_logps(output, pairs.by_pair(logps), pairs.by_pair(of_sequences[tables.REWARDS].detach()))
 
 
 class LinearGroupRobustLoss(_GroupRobustLossBase):

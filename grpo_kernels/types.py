@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 ESTIMATORS = ("importance", "group_mean")
 UPDATE_MODES = ("inline", "lagged")
 PRIORS = ("uniform", "sizes")
+LAYOUTS = ("chosen_first", "interleaved")
 
 IGNORE_INDEX = -100
 """Label of a position that does not count (prompt, padding): PyTorch's own convention."""
@@ -92,6 +93,7 @@ class LossOptions(SpecOptions, total=False):
     shift_labels: bool
     vocab_shard: VocabShard | None
     context_group: ProcessGroup | None
+    layout: str
     backend: str
 
 

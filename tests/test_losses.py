@@ -10,6 +10,7 @@ from conftest import batch, one_rounding
 from torch.utils.checkpoint import checkpoint
 
 import grpo_kernels as gk
+from grpo_kernels.kernels import linear_plan
 
 SIZES = [60, 35, 5]
 
@@ -114,6 +115,52 @@ def test_swapping_chosen_and_rejected_changes_the_loss(backend: str) -> None:
     difference = 0.1 * ((a.chosen_logps - ref[:4]) - (a.rejected_logps - ref[4:]))
     torch.testing.assert_close(b.pair_losses - a.pair_losses, difference)
     assert difference.abs().min() > 1e-3
+
+
+@pytest.mark.parametrize("path", ["logits", "packed", "from_logps", "sweep", "keep", "recompute"])
+def test_interleaved_pairs_are_the_same_pairs(backend: str, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows in the order of one layout, all that a loss returns and the gradient, in the order of the other."""
+    if path in ("sweep", "keep", "recompute") and backend == "reference":
+        pytest.skip("it has no plans")
+    monkeypatch.setattr(linear_plan, "CHUNK_ELEMENTS", 13 * 14)  # a pair, or two
+    (logits, labels, ref), head = inputs(), torch.randn(13, 5, dtype=torch.float64)
+    options = {"margin": torch.linspace(-1, 1, 4), "weights": torch.linspace(0.5, 2, 4), "beta": torch.rand(4) + 0.1}
+    values = gk.sequence_logps(logits.detach(), labels) if path == "from_logps" else logits.detach()
+    values = torch.randn(8, 7, 5, dtype=torch.float64) if path in ("sweep", "keep", "recompute") else values
+    results = []
+    for layout, order in (("chosen_first", torch.arange(8)), ("interleaved", torch.arange(8).view(2, 4).t().flatten())):
+        rows, y, of_reference = values[order].requires_grad_(), labels[order], ref[order]
+        weights = gk.GroupWeights(group_sizes=SIZES, step_size=0.3)
+        of_loss = {"layout": layout, "backend": backend, "loss_type": ["sigmoid", "sppo_hard"]}
+        if path in ("sweep", "keep", "recompute"):
+            loss_fn = gk.LinearGroupRobustLoss(weights, plan=path, **of_loss)
+            out = loss_fn(rows, head, y, ids(), of_reference)
+        elif path == "from_logps":
+            out = gk.GroupRobustLoss(weights, **of_loss).from_logps(rows, ids(), of_reference)
+        elif path == "packed":
+            packed = torch.arange(0, 57, 7)
+            out = gk.GroupRobustLoss(weights, **of_loss)(
+                rows.flatten(0, 1), y.flatten(), ids(), of_reference, cu_seqlens=packed
+            )
+        else:
+            of_loss["loss_type"] = "sigmoid"
+            out = gk.GroupRobustLoss(weights, **of_loss)(rows, y, ids(), of_reference, **options)
+        (grad,) = torch.autograd.grad(out.loss + out.chosen_logps.sum() / 8, rows)
+        results.append([*out, grad[order.argsort()]])
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(other, one, rtol=1e-11, atol=1e-12)
+
+
+def test_preference_losses_of_interleaved_pairs() -> None:
+    logps, ref, counts = torch.randn(8, dtype=torch.float64), torch.randn(8, dtype=torch.float64), torch.arange(1, 9)
+    order = torch.arange(8).view(2, 4).t().flatten()
+    first = gk.preference_losses(logps, ref, loss_type="ipo", token_counts=counts)
+    other = gk.preference_losses(
+        logps[order], ref[order], loss_type="ipo", token_counts=counts[order], layout="interleaved"
+    )
+    torch.testing.assert_close(other, first)
+    with pytest.raises(ValueError, match=r"layout must be .*'rejected_first'"):
+        gk.preference_losses(logps, ref, layout="rejected_first")
 
 
 def test_relabelling_groups_permutes_alpha(backend: str) -> None:

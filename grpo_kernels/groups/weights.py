@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from grpo_kernels import validation
-from grpo_kernels.distributed import group_sync
+from grpo_kernels.distributed import group_sync, reduction
 from grpo_kernels.groups import state, statistics
 from grpo_kernels.groups.rules import ALPHA_RULES, moved_log_alpha
 from grpo_kernels.groups.watch import Watch
@@ -61,7 +61,7 @@ class GroupWeights(nn.Module):
             the whole batch on every rank; all must call it together. Forwards in eval mode or under no_grad are the
             rank's own and communicate nothing.
         gradient_reduction: "mean" where the engine averages gradients over those ranks (DDP, FSDP, ZeRO), "sum" where
-            it adds them up.
+            it adds them up, "auto" where `find_gradient_reduction` is to tell.
         loss_ema: d in [0, 1): alpha is moved by a running mean of L_g, ``(1 - d) sum_j d^j L_g(t - j)``, its weights
             normalised to 1. With "group_mean" a group's mean goes on when a batch has it, and it takes part in the
             rule from the first time on.
@@ -112,7 +112,7 @@ class GroupWeights(nn.Module):
         gradient_reduction: str = "mean",
     ) -> None:
         super().__init__()
-        validation.check_choice("gradient_reduction", gradient_reduction, ("mean", "sum"))
+        validation.check_choice("gradient_reduction", gradient_reduction, ("mean", "sum", "auto"))
         numbers = {"step_size": step_size, "temperature": temperature, "level": level, "radius": radius}
         self.rule_parameter = validation.rule_parameter(rule, numbers, ALPHA_RULES)
         validation.check_choice("prior", prior, PRIORS)
@@ -288,7 +288,43 @@ class GroupWeights(nn.Module):
     @property
     def gradient_scale(self) -> float:
         """What a rank's own loss is multiplied by, so that the engine's reduction gives the whole batch's gradient."""
-        return float(self.num_ranks) if self.gradient_reduction == "mean" else 1.0
+        return float(self.num_ranks) if self.num_ranks > 1 and self._averages() else 1.0
+
+    def _averages(self) -> bool:
+        if self.gradient_reduction == "auto":
+            raise RuntimeError(
+                "gradient_reduction='auto' over several ranks needs find_gradient_reduction(model), before training "
+                "and with the model in its engine"
+            )
+        return self.gradient_reduction == "mean"
+
+    def find_gradient_reduction(self, model: nn.Module) -> str:
+        """Ask the engine around ``model`` whether it averages or adds up the gradients of ranks, or measure it.
+
+        DistributedDataParallel without a hook, FSDP2 and DeepSpeed say so: "auto" takes their answer, "mean" and "sum"
+        are compared with it. Gradients that something else reduces before ``optimizer.step()`` are compared with the
+        ranks' own at its first call, which raises, before anything moves, where they are not what was taken for granted
+        ("mean" by "auto"). Neither clip nor scale them at that step: it could not be told apart.
+
+        Returns:
+            What holds from now on, "mean" or "sum".
+
+        Raises:
+            ValueError: the engine does not do what ``gradient_reduction`` says, or neither.
+        """
+        if self.num_ranks == 1:
+            return "mean" if self.gradient_reduction == "auto" else self.gradient_reduction
+        found = reduction.of_engine(model, self.num_ranks)
+        if self.gradient_reduction == "auto":
+            self.gradient_reduction = "mean" if found == reduction.UNKNOWN else found
+        if found == reduction.UNKNOWN:
+            reduction.Probe(model, self.gradient_reduction, self.process_group)
+        elif found != self.gradient_reduction:
+            raise ValueError(
+                f"gradient_reduction must be {found!r}, for so the model's engine reduces, got "
+                f"{self.gradient_reduction!r}"
+            )
+        return self.gradient_reduction
 
     def take_in(
         self,
@@ -315,7 +351,7 @@ class GroupWeights(nn.Module):
         if update != "none":
             own_sums = _as_the_forward_finds_it(own_sums)  # in lagged mode, too, it must not be run again
         scale = 1.0 if update == "none" else self.gradient_scale
-        if self.gradient_reduction == "mean" and update != "none":
+        if context_size > 1 and update != "none" and self._averages():
             scale *= context_size
         batch_sums, batch_counts = own_sums, group_counts
         if several_ranks and total_pairs is None:

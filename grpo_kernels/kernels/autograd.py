@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from grpo_kernels.batch import by_sequence
 from grpo_kernels.kernels.once import Gradients, differentiable_once
 from grpo_kernels.kernels.ops import HEAD, PAIRS, PLAN, ROWS
 
@@ -133,12 +134,14 @@ class PairLosses(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, logps: Tensor, *flat: Any) -> Tensor:
-        losses, slopes = PAIRS.unpack(flat).losses_and_slopes(logps)
+        pairs = PAIRS.unpack(flat)
+        losses, slopes = pairs.losses_and_slopes(logps)
         ctx.save_for_backward(slopes, logps)  # the second only so that differentiable_once sees it
+        ctx.interleaved = pairs.interleaved
         return losses
 
     @staticmethod
     @differentiable_once
     def backward(ctx: Any, dloss: Tensor) -> Gradients:
         slopes, _ = ctx.saved_tensors
-        return ((dloss * slopes).reshape(-1), *[None] * (len(ctx.needs_input_grad) - 1))
+        return (by_sequence(dloss * slopes, ctx.interleaved), *[None] * (len(ctx.needs_input_grad) - 1))

@@ -139,6 +139,8 @@ class Sweep:
         self.head = head.to(hidden.dtype)
         self.hidden, self.labels = hidden.reshape(-1, hidden.shape[-1]), rows.labels.reshape(-1)
         self.sequence, self.num_pairs = rows.sequence_ids(), num_sequences // 2
+        self.sequences_of_pair = pairs.by_pair(torch.arange(num_sequences)).t().tolist()
+        self.pair_of_sequence = pairs.by_sequence(torch.arange(self.num_pairs, device=device).expand(2, -1))
         self.token_slopes = rows.token_slopes()
         self.token_weights = None if rows.token_weights is None else rows.token_weights.reshape(-1)
         # The batch's groups, numbered anew; an id outside [0, K) reads nothing out of bounds (its loss will be NaN).
@@ -159,9 +161,7 @@ class Sweep:
 
     def run(self) -> Swept:
         """Once."""
-        lengths = [
-            sum(self.ends[s] - self.starts[s] for s in (pair, pair + self.num_pairs)) for pair in range(self.num_pairs)
-        ]
+        lengths = [sum(self.ends[s] - self.starts[s] for s in sequences) for sequences in self.sequences_of_pair]
         too_long, chunks = chunks_of_pairs(
             self.groups.tolist(), lengths, self.plan.chunk_rows, moving=bool(self.rates.any())
         )
@@ -179,7 +179,7 @@ class Sweep:
             rows = self._rows_of(chunk.pairs)
             unit = self._take_logits(rows, buffer, makes_gradient=True)
             self._take_losses(chunk.pairs)
-            swept.is_swept[[*chunk.pairs, *(pair + self.num_pairs for pair in chunk.pairs)]] = True
+            swept.is_swept[self._sequences_of(chunk.pairs)] = True
             if needs_grad[0]:
                 swept.states[rows] = unit @ self.head.weight
             factors = self._factors(rows, of_groups=not chunk.is_open)
@@ -191,13 +191,15 @@ class Sweep:
                         whole.add_(part.mul_(weight))
                         part.zero_()
         slopes = self.slopes if self.highest is None else self.slopes * self._group_weights()[self.groups]
-        forecast = torch.where(swept.is_swept, slopes.reshape(-1), 0)
+        forecast = torch.where(swept.is_swept, self.pairs.by_sequence(slopes), 0)
         return swept._replace(logps=self._logps(), forecast=forecast)
+
+    def _sequences_of(self, pairs: list[int]) -> list[int]:
+        return [s for pair in pairs for s in self.sequences_of_pair[pair]]
 
     def _rows_of(self, pairs: list[int]) -> Tensor:
         """The counted rows of some pairs."""
-        sequences = [s for pair in pairs for s in (pair, pair + self.num_pairs)]
-        return torch.cat([self.counted[self.starts[s] : self.ends[s]] for s in sequences])
+        return torch.cat([self.counted[self.starts[s] : self.ends[s]] for s in self._sequences_of(pairs)])
 
     def _take_logits(self, rows: Tensor, buffer: Tensor, makes_gradient: bool = False) -> Tensor:
         """The rows' logits, or G, in the buffer; their log-probabilities are added to their sequences'."""
@@ -228,11 +230,11 @@ class Sweep:
             mean_loss = self.group_sums.sum() / self.pairs_seen
             self.highest = (self.offsets + self.rates * mean_loss * torch.bincount(self.groups)).amax()
         sequence = self.sequence[rows]
-        factors = self.slopes.reshape(-1)[sequence]
+        factors = self.pairs.by_sequence(self.slopes)[sequence]
         if self.token_slopes is not None:
             factors = factors * self.token_slopes[rows]
         if of_groups:
-            factors = factors * self._group_weights()[self.groups[sequence % self.num_pairs]]
+            factors = factors * self._group_weights()[self.groups[self.pair_of_sequence[sequence]]]
         return factors.to(self.swept.logps.dtype).unsqueeze(1)
 
     def _group_weights(self) -> Tensor:

@@ -15,6 +15,7 @@ from cases import (
     assert_equal_on_all_ranks,
     backends,
     case,
+    case_of_two_ranks,
     pairs,
     part,
     rank_and_world,
@@ -302,3 +303,76 @@ def fsdp2_head_unsharded_until_the_backward() -> None:
     model.head.reshard()
     for got, want in zip(model.parameters(), expected.parameters(), strict=True):
         torch.testing.assert_close(got.grad.full_tensor(), want.grad, **EXACT)
+
+
+@case_of_two_ranks
+def the_engine_says_how_it_reduces() -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    group, mesh, auto = alone(), init_device_mesh("cpu", (2,)), {"gradient_reduction": "auto"}
+    wrapped, sharded = nn.parallel.DistributedDataParallel(Model()), fully_shard(Model(), mesh=mesh)
+    for model in (wrapped, sharded, nn.Sequential(wrapped)):
+        assert weights(None, **auto).find_gradient_reduction(model) == "mean"
+        with pytest.raises(ValueError, match="gradient_reduction must be 'mean', for so the model's engine reduces"):
+            weights(None, gradient_reduction="sum").find_gradient_reduction(model)
+    sharded.set_gradient_divide_factor(1)
+    assert weights(None, **auto).find_gradient_reduction(sharded) == "sum"
+    with pytest.raises(ValueError, match="gradient_reduction must be 'sum'"):
+        weights(None).find_gradient_reduction(sharded)
+    sharded.set_gradient_divide_factor(3)
+    with pytest.raises(ValueError, match=r"set_gradient_divide_factor\(3\) does neither"):
+        weights(None, **auto).find_gradient_reduction(sharded)
+    with pytest.raises(ValueError, match="must reduce all gradients alike, its parts say"):
+        weights(None, **auto).find_gradient_reduction(nn.Sequential(wrapped, Model(), *_factor_one(mesh)))
+    with pytest.raises(RuntimeError, match=r"needs find_gradient_reduction\(model\)"):
+        gk.GroupRobustLoss(weights(None, **auto))(*part(pairs(2), slice(None)))
+    assert weights(group, **auto).find_gradient_reduction(Model()) == "mean"
+    gk.GroupRobustLoss(weights(group, **auto))(*part(pairs(2), slice(None)))  # one rank: nothing to reduce
+
+
+def _factor_one(mesh: object) -> list[nn.Module]:
+    from torch.distributed.fsdp import fully_shard
+
+    model = fully_shard(Model(), mesh=mesh)
+    model.set_gradient_divide_factor(1)
+    return [model]
+
+
+@case_of_two_ranks
+def a_wrong_reduction_raises_before_the_first_step() -> None:
+    rank, world = rank_and_world()
+    batch = pairs(6)
+    for said, divided_by, clipped, error in (
+        ("auto", world, False, None),
+        ("mean", world, False, None),
+        ("sum", 1, False, None),
+        ("auto", 1, False, "gradient_reduction must be 'sum'.*2 times as long"),
+        ("sum", world, False, "gradient_reduction must be 'mean'.*0.5 times as long"),
+        ("mean", world, True, "which is neither. Was it clipped"),
+        ("mean", None, False, "or not reduced at all"),
+    ):
+        torch.manual_seed(0)
+        model = Model().double()
+        before = copy.deepcopy(model.state_dict())
+        groups = weights(None, update="lagged", gradient_reduction=said)
+        loss_fn, optimizer = gk.GroupRobustLoss(groups, backend="torch"), torch.optim.SGD(model.parameters(), lr=0.1)
+        groups.find_gradient_reduction(model)
+        other = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1)
+        other.step()  # has no gradient to compare
+        for which in torch.arange(6)[rank::world].chunk(2):
+            _, labels, ids, ref = part(batch, which)
+            loss_fn(model(tokens_of(labels)), labels, ids, ref, total_pairs=6).loss.backward()
+        groups.step()
+        for parameter in model.parameters() if divided_by else ():
+            dist.all_reduce(parameter.grad)
+            parameter.grad /= divided_by
+        if clipped:
+            nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
+        if error is None:
+            optimizer.step()
+            optimizer.step()  # looked at no more
+            continue
+        with pytest.raises(RuntimeError, match=error):
+            optimizer.step()
+        assert all(torch.equal(x, before[name]) for name, x in model.state_dict().items()), "nothing moved"
