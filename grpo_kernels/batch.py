@@ -5,7 +5,7 @@ The public functions make them of what the caller gave; everything below takes t
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -54,14 +54,14 @@ class Rows:
         if rows.token_weights is not None:
             validation.check_token_weights(rows.token_weights, labels)
         if not shift_labels:
-            return rows
+            return rows._without_ignored_weights()
         if rows.context_group is not None:
             raise ValueError(
                 "shift_labels must be False with context_group: a rank does not have the label after its last "
                 "position. Shift the labels before they are split over the ranks"
             )
         given["token_weights"] = None if rows.token_weights is None else rows._shifted(rows.token_weights, 0)
-        return cls(rows._shifted(labels, rows.ignore_index), **given)
+        return cls(rows._shifted(labels, rows.ignore_index), **given)._without_ignored_weights()
 
     @property
     def num_sequences(self) -> int:
@@ -99,6 +99,12 @@ class Rows:
             return slopes
         per_token = (1 / self.counts().clamp(min=1))[self.sequence_ids()]
         return per_token if slopes is None else per_token * slopes
+
+    def _without_ignored_weights(self) -> Rows:
+        """A weight of 0 where the label is ignored: nobody has filled it in, and 0 times NaN would be NaN."""
+        if self.token_weights is None:
+            return self
+        return replace(self, token_weights=self.token_weights.masked_fill(~self.counted, 0))
 
     def _shifted(self, values: Tensor, last: int) -> Tensor:
         """Moved one to the left: row t holds what it predicts, and the last row of a sequence predicts nothing."""

@@ -14,19 +14,21 @@ from torch.nn.functional import logsigmoid
 from grpo_kernels import validation
 from grpo_kernels.pair_losses import PAIR_LOSSES, REFUSED, Number, PairLoss, Scores
 
+MAX_EXPONENT = 80.0
+"""e^80 holds in float32. A score is constant beyond: no infinity, of which two in a pair would make NaN."""
 
-def _alpha_exponent(y: Tensor, coef: float) -> Tensor:
-    return ((coef - 1) * y).clamp(max=80.0)  # e^80 holds in float32
+
+def _alpha_divergence(y: Tensor, coef: float) -> tuple[Tensor, Tensor]:
+    exponent = (coef - 1) * y
+    slope = torch.where(exponent < MAX_EXPONENT, exponent.clamp(max=MAX_EXPONENT).exp(), 0.0)
+    return torch.expm1(exponent.clamp(max=MAX_EXPONENT)) / (coef - 1), slope
 
 
 F_DIVERGENCES: dict[str, Callable[[Tensor, float], tuple[Tensor, Tensor]]] = {
     "reverse_kl": lambda y, coef: (y, torch.ones_like(y)),
-    "forward_kl": lambda y, coef: (-torch.expm1(-y), torch.exp(-y)),
+    "forward_kl": lambda y, coef: _alpha_divergence(y, 0.0),
     "js_divergence": lambda y, coef: (math.log(2) + logsigmoid(y), torch.sigmoid(-y)),
-    "alpha_divergence": lambda y, coef: (
-        torch.expm1(_alpha_exponent(y, coef)) / (coef - 1),
-        torch.where((coef - 1) * y < 80.0, _alpha_exponent(y, coef).exp(), 0.0),
-    ),
+    "alpha_divergence": _alpha_divergence,
 }
 """u(y) and u'(y), the score in place of a log-ratio y (f-DPO, Wang et al. 2023); ``coef``: of the alpha-divergence."""
 
@@ -123,18 +125,31 @@ class LossSpec:
         return plain and self.entries[0].fused
 
     def check_label_smoothing(self, e: Any, num_pairs: int | None = None, device: torch.device | None = None) -> None:
-        """A number in [0, 1/2), or (B,): what a tensor holds is checked in debug mode."""
+        """A number in [0, 1/2), or (B,): what a tensor holds is checked on a CPU, elsewhere in debug mode."""
         users = [entry for entry in self.entries if entry.uses_label_smoothing]
         if isinstance(e, Tensor):
             validation.check_pair_vector("label_smoothing", e, num_pairs, device)
-            if validation.debug_checks_on() and not bool(((e >= 0) & (e <= 1)).all()):
-                raise ValueError(f"label_smoothing must be in [0, 1] for each pair, got {e.tolist()}")
+            if validation.debug_checks_on() or (e.device.type == "cpu" and not torch.compiler.is_compiling()):
+                self._check_soft_labels(e, users)
         else:
             open_low = any(entry.needs_label_smoothing for entry in users)
             validation.check_number("label_smoothing", e, 0.0, 0.5, open_low=open_low, open_high=True)
         if not users and (isinstance(e, Tensor) or e):
             names = self.loss_types[0] if len(self.loss_types) == 1 else list(self.loss_types)
             raise ValueError(f"label_smoothing has no meaning for loss_type={names!r}, got {e}")
+
+    def _check_soft_labels(self, e: Tensor, users: list[PairLoss]) -> None:
+        below_half = any(entry.below_half for entry in users)
+        above_zero = any(entry.needs_label_smoothing for entry in users)
+        holds = (e > 0) & (e < 1) if above_zero else (e >= 0) & (e <= 1)
+        if below_half:
+            holds &= e < 0.5
+        if not bool(holds.all()):
+            interval = f"{'(' if above_zero else '['}0, {'1/2)' if below_half else '1)' if above_zero else '1]'}"
+            raise ValueError(
+                f"label_smoothing must be in {interval} for each pair with loss_type={list(self.loss_types)}, got "
+                f"{e[~holds][0].item():.6g}"
+            )
 
 
 def value_and_slopes(spec: LossSpec, sequences: Sequences, beta: Number, e: Number) -> tuple[Tensor, Tensor]:

@@ -53,6 +53,8 @@ class PairLoss:
     of_margin: bool = True
     uses_label_smoothing: bool = False
     needs_label_smoothing: bool = False
+    below_half: bool = False
+    """Whether soft labels of 1/2 and more have no meaning; where nobody checks (on a GPU), they give NaN."""
     fused: bool = False
     adds_mean: bool = False
     """Whether a sum's loss has a term of the mean, too."""
@@ -113,14 +115,19 @@ def _hinge_slopes(x: Scores, beta: Number, e: Number) -> tuple[Tensor, Tensor]:
     return _opposite(slope.masked_fill(gap.isnan(), torch.nan))  # a NaN margin gives a NaN slope
 
 
+def _more_right_than_wrong(e: Number) -> Number:
+    """1 - 2e, NaN where it is not positive."""
+    return torch.where(e < 0.5, 1 - 2 * e, torch.nan) if isinstance(e, Tensor) else 1 - 2 * e
+
+
 def _robust(x: Scores, beta: Number, e: Number) -> Tensor:
     z = beta * x.h
-    return (-(1 - e) * logsigmoid(z) + e * logsigmoid(-z)) / (1 - 2 * e)
+    return (-(1 - e) * logsigmoid(z) + e * logsigmoid(-z)) / _more_right_than_wrong(e)
 
 
 def _robust_slopes(x: Scores, beta: Number, e: Number) -> tuple[Tensor, Tensor]:
     z = beta * x.h
-    return _opposite(-beta * ((1 - e) * torch.sigmoid(-z) + e * torch.sigmoid(z)) / (1 - 2 * e))
+    return _opposite(-beta * ((1 - e) * torch.sigmoid(-z) + e * torch.sigmoid(z)) / _more_right_than_wrong(e))
 
 
 def _log_of(e: Number) -> Number:
@@ -203,17 +210,24 @@ def _sft_slopes(x: Scores, beta: Number, e: Number) -> tuple[Tensor, Tensor]:
     return torch.full_like(x.chosen, -1.0) + 0 * x.chosen, 0 * x.rejected  # a NaN stays one
 
 
+def _less_than_certain(mean: Tensor) -> Tensor:
+    """A mean of 0, of an answer without tokens or of certain ones, would have infinite odds."""
+    return mean.clamp(max=-torch.finfo(mean.dtype).eps)
+
+
 def _log_odds(mean: Tensor) -> Tensor:
     return mean - torch.log(-torch.expm1(mean))
 
 
 def _orpo(x: Scores, beta: Number, e: Number) -> Tensor:
-    return -x.chosen - beta * logsigmoid(_log_odds(x.chosen) - _log_odds(x.rejected))
+    chosen, rejected = (_less_than_certain(mean) for mean in (x.chosen, x.rejected))
+    return -x.chosen - beta * logsigmoid(_log_odds(chosen) - _log_odds(rejected))
 
 
 def _orpo_slopes(x: Scores, beta: Number, e: Number) -> tuple[Tensor, Tensor]:
-    pull = beta * torch.sigmoid(_log_odds(x.rejected) - _log_odds(x.chosen))
-    return -1 + pull / torch.expm1(x.chosen), -pull / torch.expm1(x.rejected)
+    chosen, rejected = (_less_than_certain(mean) for mean in (x.chosen, x.rejected))
+    pull = beta * torch.sigmoid(_log_odds(rejected) - _log_odds(chosen))
+    return -1 + pull / torch.expm1(chosen), -pull / torch.expm1(rejected)
 
 
 def _cpo(x: Scores, beta: Number, e: Number) -> Tensor:
@@ -286,6 +300,7 @@ PAIR_LOSSES: dict[str, PairLoss] = {
         "[-(1-e) log s(beta h) + e log s(-beta h)] / (1 - 2e)",
         "rDPO, Chowdhury et al. 2024, eq. 12",
         uses_label_smoothing=True,
+        below_half=True,
         fused=True,
     ),
     "exo_pair": PairLoss(

@@ -13,7 +13,7 @@ import truth
 from torch import Tensor
 
 import grpo_kernels as gk
-from grpo_kernels.pair_losses import PAIR_LOSSES, SCORES
+from grpo_kernels.pair_losses import PAIR_LOSSES, SCORES, of_h
 
 BETA = 0.7
 MIXTURES = {
@@ -96,6 +96,47 @@ def test_far_out(name: str, dtype: torch.dtype) -> None:
     assert grad[:5].isfinite().all()
     assert losses[5].isnan()
     assert grad[5].isnan()
+
+
+@pytest.mark.parametrize("divergence", truth.TEXTBOOK_DIVERGENCES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_divergences_far_out(divergence: str, dtype: torch.dtype) -> None:
+    """Log-ratios of hundreds on both sides of a pair are no NaN; a NaN stays one."""
+    ratios = torch.tensor([-300.0, -90.0, 300.0, math.nan, -300.0, -300.0, -300.0, 0.0], dtype=dtype).requires_grad_()
+    losses = gk.preference_losses(ratios, torch.zeros(8, dtype=dtype), f_divergence_type=divergence)
+    (grad,) = torch.autograd.grad(losses.sum(), ratios)
+    assert losses[:3].isfinite().all()
+    assert grad[[0, 1, 2, 4, 5, 6]].isfinite().all()
+    assert losses[3].isnan()
+    assert grad[3].isnan()
+
+
+def test_soft_labels_out_of_range() -> None:
+    logps, ref, _ = sequences(2)
+    for name, e, message in (
+        ("sigmoid", [0.2, 1.2], r"in \[0, 1\] for each pair with loss_type=\['sigmoid'\], got 1.2"),
+        ("robust", [0.2, 0.5], r"in \[0, 1/2\) for each pair with loss_type=\['robust'\], got 0.5"),
+        ("exo_pair", [0.2, 0.0], r"in \(0, 1\) for each pair with loss_type=\['exo_pair'\], got 0"),
+        ("sigmoid", [math.nan, 0.2], r"in \[0, 1\] for each pair with loss_type=\['sigmoid'\], got nan"),
+    ):
+        with pytest.raises(ValueError, match=f"label_smoothing must be {message}"):
+            gk.preference_losses(logps, ref, loss_type=name, label_smoothing=torch.tensor(e).double())
+    entry, e = PAIR_LOSSES["robust"], torch.tensor([0.2, 0.5, 0.7])  # where nobody looks, as on a GPU
+    scores = of_h(torch.ones(3))
+    assert entry.value(scores, 1.0, e).isnan().tolist() == [False, True, True]
+    assert entry.slopes(scores, 1.0, e)[0].isnan().tolist() == [False, True, True]
+
+
+@pytest.mark.parametrize("name", [name for name, entry in PAIR_LOSSES.items() if entry.uses_counts])
+def test_an_answer_without_tokens(name: str) -> None:
+    """Its log-probability is 0, whatever is asked of its mean: no NaN in the other's gradient."""
+    logps = torch.tensor([0.0, -3.0, -0.0, -4.0, 0.0, -0.0]).requires_grad_()
+    counts = torch.tensor([0, 2, 0, 3, 0, 0])
+    ref = torch.zeros(6) if PAIR_LOSSES[name].uses_reference else None
+    losses = gk.preference_losses(logps, ref, beta=0.5, loss_type=name, token_counts=counts)
+    (grad,) = torch.autograd.grad(losses.sum(), logps)
+    assert losses.isfinite().all()
+    assert grad.isfinite().all()
 
 
 @pytest.mark.parametrize("divergence", truth.TEXTBOOK_DIVERGENCES)

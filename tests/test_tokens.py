@@ -201,6 +201,28 @@ def test_token_weights_in_the_loss(backend: str, plan: str, average: bool) -> No
         torch.testing.assert_close(one, other, rtol=1e-11, atol=1e-12)
 
 
+@pytest.mark.parametrize("plan", ["sweep", "keep", "recompute", "logits"])
+@pytest.mark.parametrize("shift", [False, True])
+def test_weights_of_ignored_tokens_do_not_matter(plan: str, shift: bool) -> None:
+    """NaN where nobody has filled them in."""
+    inputs, labels, ref = test_linear_pairs.batch(torch.float32)
+    ids, weights = test_linear_pairs.ids(), torch.linspace(0, 1, labels.numel()).reshape(labels.shape)
+    results = []
+    for at_ignored in (0.0, torch.nan):
+        given = torch.where(labels == -100, at_ignored, weights)
+        options = {"shift_labels": shift, "backend": "torch"}
+        if plan == "logits":
+            loss_fn = gk.GroupRobustLoss(test_linear_pairs.group_weights(), **options)
+            out = loss_fn(F.linear(*inputs), labels, ids, ref, token_weights=given)
+        else:
+            loss_fn = gk.LinearGroupRobustLoss(test_linear_pairs.group_weights(), plan=plan, **options)
+            out = loss_fn(*inputs[:2], labels, ids, ref, inputs[2], token_weights=given)
+        results.append((out.loss, *torch.autograd.grad(out.loss, inputs)))
+    for plain, with_nan in zip(*results, strict=True):
+        assert torch.equal(plain, with_nan)
+        assert with_nan.isfinite().all()
+
+
 def test_bad_token_weights() -> None:
     logits, labels = batch()
     for weights, error, message in (

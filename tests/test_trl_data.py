@@ -198,16 +198,19 @@ def test_the_second_run_finds_everything_in_the_cache(tmp_path: Path, monkeypatc
 @pytest.mark.parametrize("streamed", [False, True])
 def test_numbers_of_each_pair(streamed: bool) -> None:
     """Each pair in a group of its own: its loss is that of a trainer whose options are its numbers."""
-    beta, margin, weight = [0.1, 0.5, 2.0], [0.0, 0.3, -1.0], [1.0, 0.25, 3.0]
+    beta, margin, weight, soft = [0.1, 0.5, 2.0], [0.0, 0.3, -1.0], [1.0, 0.25, 3.0], [0.0, 0.9, 0.3]
     data = pairs(list("xyz")).add_column("b", beta).add_column("m", margin).add_column("w", weight)
-    columns = {"beta_column": "b", "margin_column": "m", "weight_column": "w"}
+    data = data.add_column("e", soft)
+    columns = {"beta_column": "b", "margin_column": "m", "weight_column": "w", "label_smoothing_column": "e"}
     given = data.to_iterable_dataset() if streamed else data
     got = trainer(data=given, eval_data=given, group_sizes=dict.fromkeys("xyz", 1), **columns).evaluate()
     for i, name in enumerate("xyz"):
         alone = trainer(data=data, eval_data=data.select([i]), beta=beta[i]).evaluate()
         loss, reward = alone[f"eval_groups/{name}/loss"], alone["eval_rewards/margins"]
         assert loss == pytest.approx(math.log1p(math.exp(-reward)), rel=1e-5)
-        expected = weight[i] * math.log1p(math.exp(-(reward - beta[i] * margin[i])))
+        z = reward - beta[i] * margin[i]
+        expected = (1 - soft[i]) * math.log1p(math.exp(-z)) + soft[i] * math.log1p(math.exp(z))
+        expected *= weight[i]
         assert got[f"eval_groups/{name}/loss"] == pytest.approx(expected, rel=1e-5)
 
 
@@ -224,6 +227,15 @@ def test_numbers_that_are_none(values: list[Any], message: str) -> None:
     data = pairs(["a", "b"]).add_column("w", values)
     with pytest.raises(ValueError, match=message):
         trainer(data=data, weight_column="w")
+
+
+def test_soft_labels_that_are_none() -> None:
+    data = pairs(["a", "b"]).add_column("e", [0.5, 1.5])
+    with pytest.raises(ValueError, match=r"row 1 of column 'e' must be a number, in \[0, 1\], got 1.5"):
+        trainer(data=data, label_smoothing_column="e")
+    for column, loss_type in (("label_smoothing_column", "hinge"), ("margin_column", "bco_pair")):
+        with pytest.raises(ValueError, match=rf"{column} has no meaning for loss_type=\['{loss_type}'\], got 'e'"):
+            trainer(data=data, loss_type=loss_type, **{column: "e"})
 
 
 def test_numbers_that_are_none_in_a_stream() -> None:

@@ -436,3 +436,30 @@ def linear_loss_over_ranks() -> None:
         ours = gk.LinearGroupRobustLoss(weights(None), backend=backend)
         (grad,) = torch.autograd.grad(ours(hidden[:, mine].flatten(0, 1), weight, labels, ids, ref).loss, weight)
         torch.testing.assert_close(mean_over_ranks(grad), expected, **EXACT)
+
+
+@case_of_two_ranks
+def a_mixture_over_ranks() -> None:
+    """Of two slopes, and of means whose counts are each rank's own: both paths, two steps."""
+    rank, world = rank_and_world()
+    group = alone()
+    batch, mine = pairs(7), shares(7, world)[rank]
+    torch.manual_seed(1)
+    hidden = torch.randn(2, 7, 4, 6, dtype=torch.float64)
+    weight = torch.randn(11, 6, dtype=torch.float64).requires_grad_()
+    options = {"loss_type": ["apo_zero", "sft"], "loss_weights": [1.0, 0.5]}
+    whole = gk.GroupRobustLoss(weights(group), backend="reference", **options)
+    logits = hidden.flatten(0, 1) @ weight.t()
+    exact = [whole(logits, *part(batch, slice(None))[1:]) for _ in range(2)][-1]
+    (expected,) = torch.autograd.grad(exact.loss, weight)
+    _, labels, ids, ref = part(batch, mine)
+    rows = hidden[:, mine].flatten(0, 1)
+    for backend in backends(interpreted=False):
+        of_logits = gk.GroupRobustLoss(weights(None), backend=backend, **options)
+        of_hidden = gk.LinearGroupRobustLoss(weights(None), backend=backend, **options)
+        for loss_fn, arguments in ((of_logits, (rows @ weight.t(),)), (of_hidden, (rows, weight))):
+            out = [loss_fn(*arguments, labels, ids, ref) for _ in range(2)][-1]
+            (grad,) = torch.autograd.grad(out.loss, weight)
+            torch.testing.assert_close(out.loss, exact.loss, **EXACT)
+            torch.testing.assert_close(out.alpha, exact.alpha, **EXACT)
+            torch.testing.assert_close(mean_over_ranks(grad), expected, **EXACT)

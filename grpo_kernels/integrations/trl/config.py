@@ -111,6 +111,10 @@ class GroupRobustDPOConfig(DPOConfig):
         default=None, metadata={"help": "Column with each pair's margin: subtracted from the difference of log-ratios."}
     )
     beta_column: str | None = field(default=None, metadata={"help": "Column with a beta > 0 of each pair's own."})
+    label_smoothing_column: str | None = field(
+        default=None,
+        metadata={"help": "Column with each pair's soft label in [0, 1]: 1 - the probability that chosen is better."},
+    )
     average_log_prob: bool | None = field(
         default=None, metadata={"help": "Average log-probabilities over tokens. By default for 'ipo' only, like TRL."}
     )
@@ -173,7 +177,16 @@ class GroupRobustDPOConfig(DPOConfig):
                 f"use_weighting must be False with ld_alpha, got ld_alpha={self.ld_alpha}: WPO's weights are "
                 "likelihoods of whole answers"
             )
-        LossSpec.of(self.loss_type, **self.spec_options()).check_label_smoothing(self.label_smoothing)
+        spec = LossSpec.of(self.loss_type, **self.spec_options())
+        spec.check_label_smoothing(self.label_smoothing)
+        for option, has_meaning in (
+            ("label_smoothing_column", any(entry.uses_label_smoothing for entry in spec.entries)),
+            ("margin_column", spec.of_margin),
+        ):
+            if getattr(self, option) is not None and not has_meaning:
+                raise ValueError(
+                    f"{option} has no meaning for loss_type={self.loss_type}, got {getattr(self, option)!r}"
+                )
         if "ipo" in self.loss_type and len(self.loss_type) > 1:
             raise NotImplementedError(
                 f"loss_type='ipo' must be alone, got {self.loss_type}: TRL averages its log-probabilities over tokens"

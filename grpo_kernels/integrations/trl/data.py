@@ -14,7 +14,12 @@ import torch
 from datasets import Dataset, IterableDataset
 
 GROUP_IDS = "group_ids"  # the batch's entry
-PAIR_OPTIONS = {"weights": "weight_column", "margin": "margin_column", "beta": "beta_column"}  # what is a number a pair
+PAIR_OPTIONS = {  # what is a number a pair
+    "weights": "weight_column",
+    "margin": "margin_column",
+    "beta": "beta_column",
+    "label_smoothing": "label_smoothing_column",
+}
 
 
 @dataclass(frozen=True)
@@ -186,7 +191,12 @@ class GroupCollator:
 
 def _pair_number(role: str, value: Any, where: str) -> float:
     usable = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    lowest = {"weights": "at least 0", "beta": "above 0", "margin": "finite"}[role]
-    if not usable or (role == "weights" and value < 0) or (role == "beta" and value <= 0):
-        raise ValueError(f"{where} must be a number, {lowest}, got {value!r}")
+    rule, holds = {
+        "weights": ("at least 0", lambda x: x >= 0),
+        "beta": ("above 0", lambda x: x > 0),
+        "margin": ("finite", lambda x: True),
+        "label_smoothing": ("in [0, 1]", lambda x: 0 <= x <= 1),
+    }[role]
+    if not usable or not holds(value):
+        raise ValueError(f"{where} must be a number, {rule}, got {value!r}")
     return float(value)
