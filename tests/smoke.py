@@ -50,7 +50,14 @@ def trl() -> None:
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as folder:
         args = GroupRobustDPOConfig(
-            folder, max_steps=10, learning_rate=1e-2, logging_steps=1, report_to="none", use_cpu=True, bf16=False
+            folder,
+            max_steps=10,
+            learning_rate=1e-2,
+            logging_steps=1,
+            precompute_ref_log_probs=True,
+            report_to="none",
+            use_cpu=True,
+            bf16=False,
         )
         trainer = GroupRobustDPOTrainer(
             small_llama(300, hidden_size=16, num_layers=1, max_length=64, pad_id=0),
