@@ -30,7 +30,12 @@ def parser() -> argparse.ArgumentParser:
         action="store_true",
         help="compile for GPUs that are not here, check the code",
     )
-    doctor.add_argument("--linear", metavar="SxTxDxV", help="the linear path's plans for such a batch and head")
+    doctor.add_argument(
+        "--linear",
+        metavar="SxTxDxV",
+        help="the linear path's plans for such a batch and head; SxTx8B, 70B or 405B, too",
+    )
+    doctor.add_argument("--mesh", metavar="dp=8,tp=4", help="for --linear: a rank's cost; dp, tp, cp, pp, ep")
     doctor.add_argument("--device", help="for --linear: cpu, a100, h100, h200 or b200; default: the one that is here")
     doctor.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"), help="for --linear")
     doctor.add_argument("--losses", action="store_true", help="the table of pair losses")

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from grpo_kernels._version import __version__
+from grpo_kernels.distributed.mesh import Mesh, cost_of_rank, mib, sizes_of
 from grpo_kernels.kernels import devices, dispatch, linear_plan
 from grpo_kernels.kernels.devices import Device
 from grpo_kernels.pair_losses import PAIR_LOSSES
@@ -66,14 +67,17 @@ def command(
     dtype: str = "bfloat16",
     losses: bool = False,
     device: str | None = None,
+    mesh: str | None = None,
 ) -> int:
     if losses:
         print(loss_table())
         return 0
     if kernels:
         return _kernels(as_json)
+    if mesh and not linear:
+        raise ValueError("mesh belongs to --linear, which says the batch and the head")
     if linear:
-        return _linear(linear, dtype, device, as_json)
+        return _rank(linear, mesh, dtype, device, as_json) if mesh else _linear(linear, dtype, device, as_json)
     found = facts()
     if as_json:
         print(json.dumps(found, indent=2))
@@ -116,15 +120,12 @@ def linear_plans(sizes: str, dtype: str, device: Device) -> list[linear_plan.Lin
     """What LinearGroupRobustLoss can do with padded hidden states and a head of these sizes, the fastest first.
 
     Args:
-        sizes: "SxTxDxV": sequences, positions, hidden size, vocabulary; every position counts.
+        sizes: "SxTxDxV": sequences, positions, hidden size, vocabulary; every position counts. "SxTx8B": a model's.
 
     Raises:
         ValueError: sizes are not four positive whole numbers.
     """
-    numbers = [int(number) if number.isdecimal() else 0 for number in sizes.split("x")]
-    if len(numbers) != 4 or min(numbers) < 1:
-        raise ValueError(f"linear must be SEQUENCESxLENGTHxHIDDENxVOCABULARY, whole numbers, got {sizes!r}")
-    sequences, length, hidden_size, vocab_size = numbers
+    sequences, length, hidden_size, vocab_size = sizes_of(sizes)
     shape = linear_plan.LinearShape(
         sequences * length,
         hidden_size,
@@ -142,13 +143,39 @@ def linear_plans(sizes: str, dtype: str, device: Device) -> list[linear_plan.Lin
 
 def three_products(sizes: str, dtype: str, device: Device) -> float:
     """Seconds of logits, dhidden and dweight at the device's rate, and nothing else."""
-    sequences, length, hidden_size, vocab_size = map(int, sizes.split("x"))
+    sequences, length, hidden_size, vocab_size = sizes_of(sizes)
     return 6 * sequences * length * hidden_size * vocab_size / device.flops[getattr(torch, dtype).itemsize]
 
 
-def _linear(sizes: str, dtype: str, device_name: str | None, as_json: bool) -> int:
+def _device(name: str | None) -> Device:
     here = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    device = devices.of(here) if device_name is None else devices.named(device_name)
+    return devices.of(here) if name is None else devices.named(name)
+
+
+def _rank(sizes: str, of_mesh: str, dtype: str, device_name: str | None, as_json: bool) -> int:
+    """What a rank of a mesh pays for the loss."""
+    mesh, device = Mesh.of(of_mesh), _device(device_name)
+    cost = cost_of_rank(sizes_of(sizes), mesh, getattr(torch, dtype), device)
+    if as_json:
+        print(json.dumps({"gpus": mesh.gpus, **dataclasses.asdict(cost)}, indent=2, default=str))
+        return 0
+    plan = cost.plan
+    print(f"a rank of {mesh}, {mesh.gpus:,} x {device.name}, {dtype}; predicted, not measured ({device.source}):")
+    print(f"  has {cost.tokens:,} tokens and {cost.vocab_columns:,} columns of the vocabulary")
+    print(f"  logits path  {mib(cost.logits_bytes)} of logits")
+    print(
+        f"  linear path  {mib(plan.extra_bytes)} beside the gradients: {plan.name}, {plan.chunk_rows} tokens at a time"
+    )
+    print(f"               {1e3 * plan.seconds:,.1f} ms forward and backward, {plan.products:g} products")
+    print(f"  gradients    {mib(cost.dweight_bytes)} of the head, {mib(cost.dhidden_bytes)} of the hidden states")
+    print(f"  sends        {mib(cost.gathered_bytes)} in all-gathers, {mib(cost.summed_bytes)} in all-reduces")
+    if mesh.pp > 1:
+        print(f"  on the last of {mesh.pp} pipeline stages; the others pay nothing")
+    return 0
+
+
+def _linear(sizes: str, dtype: str, device_name: str | None, as_json: bool) -> int:
+    device = _device(device_name)
     plans = linear_plans(sizes, dtype, device)
     least = three_products(sizes, dtype, device)
     if as_json:

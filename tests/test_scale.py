@@ -10,8 +10,12 @@ import torch.distributed as dist
 from conftest import batch
 
 import grpo_kernels as gk
-from grpo_kernels.distributed import context_parallel, group_sync, scale, vocab_parallel
-from grpo_kernels.kernels import dispatch
+from grpo_kernels.__main__ import main
+from grpo_kernels.batch import Rows
+from grpo_kernels.distributed import context_parallel, group_sync, mesh, scale, vocab_parallel
+from grpo_kernels.kernels import devices, dispatch
+from grpo_kernels.kernels.linear import LinearHead
+from grpo_kernels.kernels.linear_plan import Budget, plan_for
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "distributed.md"
 
@@ -89,3 +93,50 @@ def test_the_document_is_current() -> None:
     ):
         assert name in text
     assert gk.VocabShard(0, 1, None).stop == 1
+    table = mesh.table(devices.named("h100"))
+    assert f"<!-- mesh -->\n{table}<!-- /mesh -->" in text, (
+        "docs/distributed.md is not what grpo_kernels.distributed.mesh says"
+    )
+
+
+@pytest.mark.parametrize("tensor_ranks", [1, 4])
+def test_a_rank_has_the_plan_that_the_linear_path_takes(tensor_ranks: int) -> None:
+    """Of its part of the batch and the head, on this machine's CPU."""
+    hidden, weight = (
+        torch.zeros(6, 50, 8, requires_grad=True),
+        torch.zeros(-(-70 // tensor_ranks), 8, requires_grad=True),
+    )
+    shard = None if tensor_ranks == 1 else gk.VocabShard(0, weight.shape[0], None)
+    rows = Rows(torch.zeros(6, 50, dtype=torch.int64), vocab_shard=shard)
+    taken = plan_for(hidden, LinearHead(weight, None), rows, Budget(), accumulators=1)
+    of_mesh = mesh.Mesh(dp=3, tp=tensor_ranks, pp=2)
+    cost = mesh.cost_of_rank((6, 50, 8, 70), of_mesh, torch.float32, devices.named("cpu"))
+    assert cost.plan == taken
+    assert (cost.tokens, cost.vocab_columns) == (300, weight.shape[0])
+    assert (cost.dhidden_bytes, cost.dweight_bytes) == (hidden.nbytes, weight.nbytes)
+    split = mesh.cost_of_rank(
+        (6, 50, 8, 70), mesh.Mesh(dp=3, tp=tensor_ranks, cp=5), torch.float32, devices.named("cpu")
+    )
+    assert split.tokens == 60
+    assert split.summed_bytes - scale.context_sum_bytes(6) == cost.summed_bytes - (cost.dhidden_bytes * 4 // 5) * (
+        tensor_ranks > 1
+    )
+
+
+def test_a_mesh_from_the_command_line(capsys: pytest.CaptureFixture) -> None:
+    assert main(["doctor", "--linear", "2x8192x405B", "--mesh", "dp=128,tp=8,pp=16,ep=32", "--device", "h100"]) == 0
+    out = capsys.readouterr().out
+    assert "16,384 x h100" in out
+    assert "16,384 tokens and 16,032 columns" in out
+    assert main(["doctor", "--linear", "2x8192x405B", "--mesh", "dp=2,cp=2", "--device", "h100", "--json"]) == 0
+    assert '"gpus": 4' in capsys.readouterr().out
+    for wrong, text in (
+        ("--linear 2x8x70B --mesh dp=2,xp=2", "mesh must be like dp=32,tp=8"),
+        ("--linear 2x8x70B --mesh dp=0", "mesh must be like"),
+        ("--linear 2x8x70B --mesh dp=4,ep=3", "an ep that divides dp * cp = 4"),
+        ("--linear 2x8x70B --mesh cp=16", "leave each rank a position"),
+        ("--linear 2x8x7B --mesh dp=2", "and one of 8B, 70B, 405B"),
+        ("--mesh dp=2", "mesh belongs to --linear"),
+    ):
+        assert main(["doctor", *wrong.split()]) == 2
+        assert text in capsys.readouterr().err
