@@ -130,7 +130,7 @@ DPO = LossSpec()
 class Pairs:
     """The B pairs of 2B sequences: what a pair's loss takes besides its log-probabilities, and the pair's group."""
 
-    group_ids: Tensor | None = None  # (B,); None where nobody asks for groups
+    group_ids: Tensor | None = None  # (B,), or (B, K) memberships; None where nobody asks for groups
     ref_logps: Tensor | None = None  # (2B,)
     margin: Tensor | None = None  # (B,)
     weights: Tensor | None = None  # (B,)
@@ -148,7 +148,9 @@ class Pairs:
     @property
     def is_fused(self) -> bool:
         """Whether kernels that fuse the whole loss know these."""
-        return self.spec.is_fused and not isinstance(self.label_smoothing, Tensor) and not self.interleaved
+        one_group_each = self.group_ids is None or self.group_ids.dim() == 1
+        plain = one_group_each and not isinstance(self.label_smoothing, Tensor) and not self.interleaved
+        return self.spec.is_fused and plain
 
     def by_pair(self, of_sequences: Tensor) -> Tensor:
         """(2, B), the chosen and the rejected sequences' values, of (2B,)."""

@@ -25,13 +25,13 @@ from grpo_kernels.functional import (
     token_counts_of,
 )
 from grpo_kernels.groups.forecast import forecast_of
+from grpo_kernels.groups.memberships import Memberships
 from grpo_kernels.groups.weights import GroupWeights
 from grpo_kernels.kernels import group_robust as tables
 from grpo_kernels.kernels import ops
 from grpo_kernels.kernels.autograd import FusedGroupRobustLoss
 from grpo_kernels.kernels.linear_plan import Budget
 from grpo_kernels.loss_spec import LossSpec
-from grpo_kernels.segments import segment_sum
 from grpo_kernels.types import (
     IGNORE_INDEX,
     LAYOUTS,
@@ -143,7 +143,7 @@ class _GroupRobustLossBase(nn.Module):
         validation.check_weights_device(self.group_weights.log_alpha, pair_losses.device)
         validation.check_group_ids(group_ids, num_pairs, self.group_weights.num_groups, pair_losses.device)
         unknown = torch.full((2, num_pairs), torch.nan, dtype=pair_losses.dtype, device=pair_losses.device)
-        output = self._of_losses(pair_losses, group_ids, pair_losses.detach(), total_pairs)
+        output = self._of_losses(pair_losses, group_ids, pair_losses.detach().repeat(2), total_pairs)
         return self._with_logps(output, unknown, unknown)
 
     def _pairs(
@@ -192,17 +192,15 @@ class _GroupRobustLossBase(nn.Module):
     def _of_losses(
         self, losses: Tensor, group_ids: Tensor, of_batch: Tensor, total_pairs: int | Tensor | None
     ) -> GroupRobustOutput:
-        """Group losses, alpha and the loss, without logps. ``of_batch``: detached numbers that tell it from others."""
+        """Group losses, alpha and the loss, without logps. ``of_batch``: (2B,) detached, that tell it from others."""
         groups = self.group_weights
         # An id outside [0, K) indexes nothing: its pair's loss becomes NaN, and with it the batch's.
-        known = (group_ids >= 0) & (group_ids < groups.num_groups)
-        ids = torch.where(known, group_ids, 0)
+        members, known = Memberships.of(group_ids, groups.num_groups)
         losses = losses.masked_fill(~known, torch.nan)
-        sums = segment_sum(losses, ids, groups.num_groups)
-        counts = segment_sum(torch.ones_like(losses, requires_grad=False), ids, groups.num_groups).long()
+        own_counts = members.counts()
         sums, counts = groups.take_in(
-            sums,
-            counts,
+            groups.loss_sums(losses, members, self.training),
+            own_counts,
             of_batch,
             training=self.training,
             context_size=self._context_size(),
@@ -211,6 +209,7 @@ class _GroupRobustLossBase(nn.Module):
         group_losses = groups.group_losses(sums, counts, total_pairs)
         loss = (groups.loss_weights() * group_losses).sum().to(losses.dtype)
         self._watch_eval(loss)
+        means = members.sums(losses.detach()) / own_counts if groups.inner_tilt else sums.detach() / counts
         nothing = losses.new_empty(0)
         return GroupRobustOutput(
             loss=loss,
@@ -222,7 +221,7 @@ class _GroupRobustLossBase(nn.Module):
             rejected_logps=nothing,
             chosen_rewards=nothing,
             rejected_rewards=nothing,
-            group_means=sums.detach() / counts,
+            group_means=means,
         )
 
     @staticmethod
@@ -336,8 +335,9 @@ class GroupRobustLoss(_GroupRobustLossBase):
         Args:
             logits: (2B, T, V), or packed (N, V) with cu_seqlens (2B + 1,).
             labels: (2B, T) or (N,).
-            group_ids: (B,) int64 or int32 in [0, K). Another value makes the loss NaN and leaves alpha
-                (``GRPO_KERNELS_DEBUG=1`` raises instead).
+            group_ids: (B,) int64 or int32 in [0, K); or (B, K) float32 or float64, each pair's share in each group, at
+                least 0 and adding up to 1: it then counts in group g with that weight. Another value makes the loss NaN
+                and leaves alpha (``GRPO_KERNELS_DEBUG=1`` raises instead).
             ref_logps: (2B,) log-probabilities under the reference policy, without gradient.
             beta, margin, weights, label_smoothing: per-pair overrides as in `preference_losses`.
             token_weights: labels' shape, as in `sequence_logps`.
@@ -374,6 +374,7 @@ class GroupRobustLoss(_GroupRobustLossBase):
         if groups.num_ranks > 1:
             groups.count_shared(update)
         groups.after_forward(update, logps.detach())
+        groups.saw_fused(update, of_groups[tables.ALPHA], counts)
         self._watch_eval(loss)
         output = GroupRobustOutput(
             loss=loss,

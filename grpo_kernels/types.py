@@ -146,7 +146,7 @@ class GroupRobustOutput(NamedTuple):
     group_losses: Tensor
     """(K,): L_g of the batch by the chosen estimator; 0 for a group that the batch lacks."""
     group_counts: Tensor
-    """(K,) int64: pairs of each group in the batch."""
+    """(K,) int64: pairs of each group in the batch; float64 sums of shares where group_ids are memberships."""
     alpha: Tensor
     """(K,) float64: the group weights after this batch's update."""
     chosen_logps: Tensor
@@ -158,7 +158,8 @@ class GroupRobustOutput(NamedTuple):
     rejected_rewards: Tensor
     """(B,): the same for the rejected answers."""
     group_means: Tensor
-    """(K,) float64, detached: the plain mean of the batch's pair losses of each group; NaN for one that it lacks."""
+    """(K,) float64, detached: the plain mean of the batch's pair losses of each group; NaN for one that it lacks. With
+    ``inner_tilt`` over several ranks it is of the rank's own pairs."""
 
     def metrics(self) -> dict[str, Tensor]:
         """Batch means under TRL's names, as detached 0-d views of one tensor.

@@ -225,17 +225,56 @@ def check_online_reference(ref_hidden: Any, ref_weight: Any, ref_logps: Any, ref
         raise ValueError(f"ref_hidden must be None where the reference policy is given by {other}")
 
 
-def rule_parameter(rule: str, numbers: dict[str, float | None], rules: dict[str, Any]) -> float:
-    """The one number that the rule takes; the others must be None. ``rules`` is alpha_rules.ALPHA_RULES."""
+def rule_parameter(rule: str, numbers: dict[str, Any], rules: dict[str, Any]) -> float:
+    """The one number that the rule takes; the others must be None. ``rules`` is ALPHA_RULES of groups/rules.py.
+
+    Infinity for step_size="auto".
+    """
     check_choice("rule", rule, tuple(rules))
     entry = rules[rule]
+    known = [other.parameter for other in rules.values()]
     for name, value in numbers.items():
+        if name not in known:
+            raise TypeError(f"GroupWeights has no option {name!r}; the rules' are {', '.join(known)}")
         if name != entry.parameter and value is not None:
             raise ValueError(f"{name} has no meaning for rule={rule!r}, which takes {entry.parameter}; got {value}")
-    value = numbers[entry.parameter]
+    value = numbers.get(entry.parameter)
     if value is None:
         raise ValueError(f"{entry.parameter} must be given for rule={rule!r}, got None")
+    if isinstance(value, str) and entry.parameter == "step_size":
+        if value != "auto":
+            raise ValueError(f"step_size must be a number or 'auto', got {value!r}")
+        return math.inf
     check_number(entry.parameter, value, entry.low, entry.high, open_low=entry.open_low)
+    return float(value)
+
+
+def baseline(value: Any, num_groups: int) -> Tensor | None:
+    """(K,) float64 of the numbers given; None for "running", and where there is none."""
+    if value is None:
+        return None
+    if isinstance(value, str):
+        if value != "running":
+            raise ValueError(f"baseline must be 'running' or a number for each group, got {value!r}")
+        return None
+    try:
+        numbers = torch.as_tensor(value, dtype=torch.float64, device="cpu")
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"baseline must be 'running' or a number for each group, got {value!r}") from error
+    if numbers.shape != (num_groups,) or not bool(numbers.isfinite().all()):
+        raise ValueError(f"baseline must be {num_groups} finite numbers, one for each group, got {value!r}")
+    return numbers.clone()
+
+
+def inner_tilt(value: Any) -> float:
+    """tau; 0.0 where there is none."""
+    if value is None:
+        return 0.0
+    check_number("inner_tilt", value, -math.inf)
+    if value == 0:
+        raise ValueError(
+            "inner_tilt must not be 0: a small positive number is the worst pair, a small negative the best"
+        )
     return float(value)
 
 
@@ -321,6 +360,10 @@ def check_reference(reference_free: bool, ref_logps: Tensor | None) -> None:
 
 
 def check_group_ids(group_ids: Tensor, num_pairs: int, num_groups: int, device: torch.device) -> None:
+    """(B,) ids, or (B, K) float memberships."""
+    check_tensor("group_ids", group_ids)
+    if group_ids.dim() == 2:
+        return _check_memberships(group_ids, num_pairs, num_groups, device)
     check_index_tensor("group_ids", group_ids)
     if group_ids.shape != (num_pairs,):
         raise ValueError(
@@ -331,6 +374,21 @@ def check_group_ids(group_ids: Tensor, num_pairs: int, num_groups: int, device: 
         bad = (group_ids < 0) | (group_ids >= num_groups)
         if bad.any():
             raise ValueError(f"group_ids must be in [0, {num_groups}), got {group_ids[bad][0].item()}")
+
+
+def _check_memberships(shares: Tensor, num_pairs: int, num_groups: int, device: torch.device) -> None:
+    if shares.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"group_ids of shape (B, K) must be float32 or float64 memberships, got {shares.dtype}")
+    if shares.shape != (num_pairs, num_groups):
+        raise ValueError(
+            f"group_ids must have shape ({num_pairs},), one id for each pair, or ({num_pairs}, {num_groups}), its "
+            f"share in each group, got {tuple(shares.shape)}"
+        )
+    _check_device("group_ids", shares, device)
+    if debug_checks_on():
+        bad = ~((shares >= 0).all(1) & ((shares.double().sum(1) - 1).abs() <= 1e-4))
+        if bad.any():
+            raise ValueError(f"group_ids must be at least 0 and add up to 1 in each row, got {shares[bad][0].tolist()}")
 
 
 def check_pair_batch(rows_name: str, rows: Any, cu_seqlens: Any) -> None:

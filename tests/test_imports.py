@@ -32,8 +32,11 @@ ORDER = [
 ]
 # Inside a wing, too: its modules in the order of the way up.
 WINGS = {
-    "groups": ("rules", "statistics", "watch", "state", "weights", "sampling", "forecast"),
-    "paper": ("bandit", "batched", "algorithm", "convergence", "claims", "report", "command"),
+    "groups": (
+        *("rules", "hedge", "memberships", "tilt", "statistics", "watch", "diagnosis", "checkpoints"),
+        *("state", "updates", "weights", "sampling", "forecast"),
+    ),
+    "paper": ("bandit", "batched", "algorithm", "convergence", "claims", "robustness", "report", "command"),
     "bench": ("cases", "machine", "plots", "suite", "logits", "linear", "command"),
     "training": ("options", "embedded_task", "start", "report", "command"),
 }

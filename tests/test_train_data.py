@@ -199,7 +199,31 @@ def test_the_step_size_is_in_units_of_the_loss() -> None:
     assert parse(["--loss_type", "sft"])[1].group_step_size is None, "it begins at 0, which is no unit"
     other_rule = parse(["--group_options", '{"rule": "soft_maximum", "temperature": 0.2}'])[1]
     assert other_rule.group_step_size is None
-    assert other_rule.group_weights_options()["rule"] == "soft_maximum"
+    assert other_rule.group_weights_options([])["rule"] == "soft_maximum"
+    for words in (["--step-size", "auto"], ["--group_step_size", "auto"], ["--group_options", '{"step_size": "auto"}']):
+        assert parse(words)[1].group_weights_options([])["step_size"] == "auto"
+
+
+def test_a_baseline_is_read_by_group(tmp_path: Path) -> None:
+    def baseline(*words: str) -> Any:
+        return parse(["--baseline", *words])[1].group_weights_options(["a", "b"])["baseline"]
+
+    assert baseline("running") == "running"
+    assert baseline('{"b": 0.5, "a": 0.25}') == [0.25, 0.5]
+    scores = [{"groups": {"a": {"loss": a}, "b": {"loss": b}}} for a, b in ((0.4, 0.9), (0.6, 0.8), (0.5, 0.7))]
+    runs = {
+        "IS": {"start": scores[2], "best": scores[0], "last": scores[1]},
+        "robust": {"best": scores[1], "last": scores[1]},
+    }
+    file = tmp_path / "results.json"
+    file.write_text(json.dumps({"runs": runs}))
+    assert baseline(str(file)) == [0.4, 0.8]
+    with pytest.raises(ValueError, match=r"a loss for each of the groups \['a', 'b'\], got \['a'\]"):
+        baseline('{"a": 0.1}')
+    with pytest.raises(
+        ValueError, match=r"group_baseline must be 'running', a dict of losses, or a results.json, got 'no'"
+    ):
+        baseline("no")
 
 
 def test_a_file_of_options(tmp_path: Path) -> None:
@@ -217,6 +241,7 @@ def test_a_file_of_options(tmp_path: Path) -> None:
         (["--samples", "-1"], "samples must be finite"),
         (["--eval_data", "x.jsonl"], "eval_data needs data"),
         (["--no_such_option", "1"], "not used by the HfArgumentParser: ['--no_such_option', '1']"),
+        (["--step-size", "fast"], "group_step_size must be a number or 'auto', got 'fast'"),
         (["--group_options", "floor"], "group_options must be a dict, or one as JSON, got 'floor'"),
         (["--data", "none.jsonl"], "data none.jsonl: there is no such file"),
         (["--config", "none.yaml"], "none.yaml"),

@@ -165,9 +165,27 @@ def test_other_rules_of_alpha() -> None:
     assert trainer(group_options={"step_size": 0.5, "floor": 0.1}).group_weights.step_size == 0.5
 
 
+def test_options_inside_and_around_groups() -> None:
+    """They reach GroupWeights, groups by name, and what diagnose() says is logged."""
+    baseline = dict(zip(SIZES, (0.3, 0.2, 0.1), strict=False))
+    options = {"group_step_size": "auto", "group_baseline": baseline, "group_options": {"inner_tilt": -0.5}}
+    of = trainer(**options, data=pairs(GROUPS * 4), max_steps=1)
+    of.train()
+    weights = of.group_weights
+    assert weights.is_hedged
+    assert weights.inner_tilt == -0.5
+    assert weights.baseline.tolist() == [baseline[name] for name in of.group_names]
+    (record,) = [record for record in of.state.log_history if "loss" in record]
+    found = weights.diagnose(1, 1)
+    for name, value in found.metrics(of.group_names).items():
+        assert record[name] == pytest.approx(value), name
+    assert trainer(group_baseline="running").group_weights.has_running_baseline
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"group_options": {"baseline": "running"}}, "it is the option group_baseline"),
         ({"group_options": {"step_size": 1.0}, "group_step_size": 2.0}, "it is the option group_step_size"),
         ({"group_options": {"update": "lagged"}}, "it is the option group_update"),
         ({"group_options": {"estimator": "group_mean"}}, "it is the option group_estimator"),

@@ -162,11 +162,43 @@ def chi_squared(alpha: list[float], prior: list[float], losses: list[float], rad
     return weights(low)
 
 
-ALPHA_RULES = {
-    "exponentiated_gradient": exponentiated_gradient,
-    "soft_maximum": soft_maximum,
-    "cvar": cvar,
-    "chi_squared": chi_squared,
+def ada_hedge(batches: list[list[float]]) -> list[tuple[list[float], float, float]]:
+    """Of each batch (weights before it, eta, mixability gap), as the paper writes it, for losses of experts: -L."""
+    num_groups, gap_sum, found = len(batches[0]), 0.0, []
+    lost = [0.0] * num_groups  # of experts
+    for losses in batches:
+        expert = [-x for x in losses]
+        best = min(lost)
+        after = [x + y for x, y in zip(lost, expert, strict=True)]
+        if gap_sum == 0:  # follow the leader
+            leaders = [float(x == best) for x in lost]
+            weights, eta, mix = _normalised(leaders), math.inf, min(after) - best
+        else:
+            eta = math.log(num_groups) / gap_sum
+            weights = _normalised([math.exp(-eta * (x - best)) for x in lost])
+            # -1/eta log sum_k w_k e^(-eta l_k), from the smallest loss up so that no exponent overflows
+            low = min(expert)
+            mix = (
+                low - math.log(sum(w * math.exp(-eta * (x - low)) for w, x in zip(weights, expert, strict=True))) / eta
+            )
+        hedge = sum(w * x for w, x in zip(weights, expert, strict=True))
+        gap = max(0.0, hedge - mix)
+        found.append((weights, eta, gap))
+        gap_sum, lost = gap_sum + gap, after
+    return found
+
+
+def power(alpha: list[float], prior: list[float], losses: list[float], exponent: float) -> list[float]:
+    return _normalised([p * x**exponent for p, x in zip(prior, losses, strict=True)])
+
+
+# Of each rule its formula, and the numbers to try it with: soft, sharp, at the ends of its range.
+ALPHA_RULES: dict[str, tuple[Callable[..., list[float]], list[float]]] = {
+    "exponentiated_gradient": (exponentiated_gradient, [0.0, 0.3, 5.0]),
+    "soft_maximum": (soft_maximum, [0.1, 1.0, 50.0]),
+    "cvar": (cvar, [0.05, 0.4, 1.0]),
+    "chi_squared": (chi_squared, [0.0, 0.2, 2.0, 100.0]),
+    "power": (power, [0.0, 0.5, 1.0, 4.0]),
 }
 
 

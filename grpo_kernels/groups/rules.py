@@ -25,11 +25,13 @@ class AlphaRule:
 
     log_weights: Callable[[Tensor, Tensor, Tensor, float], Tensor]
     parameter: str
-    """Name of the option of GroupWeights that the rule takes, and its range."""
-    low: float
-    high: float
-    open_low: bool
-    source: str
+    """Name of the option of GroupWeights that the rule takes; its range follows."""
+    low: float = 0.0
+    high: float = math.inf
+    open_low: bool = False
+    softer: str = "smaller"
+    """How the parameter is to be chosen so that alpha moves less: "smaller" or "larger"."""
+    source: str = ""
 
 
 def _exponentiated_gradient(log_alpha: Tensor, log_prior: Tensor, losses: Tensor, step_size: float) -> Tensor:
@@ -86,23 +88,41 @@ def _chi_squared(log_alpha: Tensor, log_prior: Tensor, losses: Tensor, radius: f
     return _log_normalised(prior * torch.where(all_positive, inside, (excess - low).clamp(min=0)))
 
 
+def _power(log_alpha: Tensor, log_prior: Tensor, losses: Tensor, exponent: float) -> Tensor:
+    """In proportion to mu_g max(0, L_g)^q, the weights of the gradient of sum_g mu_g L_g^(q + 1) / (q + 1)."""
+    positive = losses.clamp(min=0)
+    log_weights = log_prior + torch.special.xlogy(exponent, positive)
+    none = ~((positive > 0) & (log_prior > -math.inf)).any(-1, keepdim=True)
+    return torch.where(none, log_prior, log_weights).log_softmax(-1)
+
+
 def _log_normalised(weights: Tensor) -> Tensor:
     return (weights / weights.sum(-1, keepdim=True)).log()
 
 
 ALPHA_RULES: dict[str, AlphaRule] = {
     "exponentiated_gradient": AlphaRule(
-        _exponentiated_gradient, "step_size", 0.0, math.inf, open_low=False, source="Ramesh et al. 2024, algorithm 1"
+        _exponentiated_gradient, "step_size", softer="smaller", source="Ramesh et al. 2024, algorithm 1"
     ),
     "soft_maximum": AlphaRule(
-        _soft_maximum, "temperature", 0.0, math.inf, open_low=True, source="KL-regularised maximum, Li et al. 2021"
+        _soft_maximum,
+        "temperature",
+        open_low=True,
+        softer="larger",
+        source="KL-regularised maximum; tilted losses at 1/t, Li et al. 2021",
     ),
     "cvar": AlphaRule(
-        _cvar, "level", 0.0, 1.0, open_low=True, source="Rockafellar and Uryasev 2000; over groups: Oren et al. 2019"
+        _cvar,
+        "level",
+        high=1.0,
+        open_low=True,
+        softer="larger",
+        source="Rockafellar and Uryasev 2000; over groups: Oren et al. 2019",
     ),
     "chi_squared": AlphaRule(
-        _chi_squared, "radius", 0.0, math.inf, open_low=False, source="Hashimoto et al. 2018; Namkoong and Duchi 2017"
+        _chi_squared, "radius", softer="smaller", source="Hashimoto et al. 2018; Namkoong and Duchi 2017"
     ),
+    "power": AlphaRule(_power, "exponent", softer="smaller", source="q-fairness, Li et al. 2020"),
 }
 
 

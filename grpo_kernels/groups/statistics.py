@@ -15,12 +15,13 @@ class OwnStatistics(NamedTuple):
 
     sums: Tensor  # (K,) float64
     counts: Tensor  # (K,) int64
+    shares: Tensor  # (K,) float64: counts of pairs that have shares in groups
     forwards: Tensor  # () int64: those without total_pairs, whose sums all ranks have already
 
     @classmethod
     def zeros(cls, num_groups: int, device: torch.device) -> OwnStatistics:
         counts = torch.zeros(num_groups, dtype=torch.int64, device=device)
-        return cls(counts.double(), counts, counts.new_zeros(()))
+        return cls(counts.double(), counts, counts.double(), counts.new_zeros(()))
 
     def to(self, device: torch.device) -> OwnStatistics:
         if self.sums.device == device:

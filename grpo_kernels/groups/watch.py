@@ -41,7 +41,7 @@ class Watch:
     def at_step(self, counts: Tensor, estimator: str, num_ranks: int) -> None:
         """``counts`` (K,): pairs of all ranks since the last step."""
         forwards, self._forwards = self._forwards, []
-        if torch.compiler.is_compiling() or counts.is_meta or _is_capturing(counts):
+        if torch.compiler.is_compiling() or counts.is_meta or is_capturing(counts):
             return
         self._has_counted = self._has_counted or any(pairs for pairs, _ in forwards) or bool(counts.any())
         if not self._has_counted:
@@ -60,7 +60,7 @@ class Watch:
             )
         if totals and (counts.device.type == "cpu" or not self._has_checked_total):
             self._has_checked_total = True
-            counted = int(counts.sum()) if num_ranks > 1 else sum(pairs for pairs, _ in forwards)
+            counted = round(float(counts.sum())) if num_ranks > 1 else sum(pairs for pairs, _ in forwards)
             wrong = [total for total in totals if float(total) != counted]
             if wrong:
                 self.once(
@@ -70,5 +70,5 @@ class Watch:
                 )
 
 
-def _is_capturing(x: Tensor) -> bool:
+def is_capturing(x: Tensor) -> bool:
     return x.device.type == "cuda" and torch.cuda.is_current_stream_capturing()

@@ -41,12 +41,16 @@ class Forecast(NamedTuple):
     """A pair of group g weighs exp(offset_g + rate_g * (the batch's sum of g's pair losses)), up to a factor that all
     pairs share; groups/forecast.py makes it.
 
-    ``accumulators``: sums of dweight that the sweep needs.
+    ``accumulators``: sums of dweight that the sweep needs. ``tilt``: tau, 0 for none. Where it is not 0 a pair's weight
+    is also multiplied by exp((l - nu_g) / tau), with nu_g of ``tilted_means`` (NaN: not multiplied), or the tilted mean
+    of the batch's pairs of g where these are None; the sum of g's pair losses is then so many times the tilted mean.
     """
 
     offsets: Tensor  # (K,) float64
     rates: Tensor  # (K,) float64
     accumulators: int
+    tilt: float = 0.0
+    tilted_means: Tensor | None = None  # (K,) float64
 
 
 class Swept(NamedTuple):
@@ -156,6 +160,11 @@ class Sweep:
         self.sums = torch.zeros(num_sequences, dtype=torch.float64, device=device)
         self.slopes = torch.zeros(2, self.num_pairs, dtype=torch.float64, device=device)
         self.group_sums = torch.zeros(present.shape, dtype=torch.float64, device=device)
+        self.sizes = torch.bincount(self.groups)
+        self.tilt, self.tilts_by_batch = forecast.tilt, bool(forecast.tilt) and forecast.tilted_means is None
+        # What pairs are tilted about. Of a batch's own mean any number near it does: it cancels.
+        means = None if forecast.tilted_means is None else forecast.tilted_means[present]
+        self.centres = torch.full_like(self.group_sums, torch.nan) if means is None else means
         self.highest: Tensor | None = None  # log of the largest weight that a group is thought to get
         self.pairs_seen = 0
 
@@ -163,7 +172,7 @@ class Sweep:
         """Once."""
         lengths = [sum(self.ends[s] - self.starts[s] for s in sequences) for sequences in self.sequences_of_pair]
         too_long, chunks = chunks_of_pairs(
-            self.groups.tolist(), lengths, self.plan.chunk_rows, moving=bool(self.rates.any())
+            self.groups.tolist(), lengths, self.plan.chunk_rows, moving=self.tilts_by_batch or bool(self.rates.any())
         )
         swept, needs_grad = self.swept, self.plan.needs_grad
         total = (swept.dweight if needs_grad[1] else None, swept.dbias if needs_grad[2] else None)
@@ -220,15 +229,25 @@ class Sweep:
     def _take_losses(self, pairs: list[int]) -> None:
         these = torch.tensor(pairs, device=self.sums.device)
         losses, slopes = self.pairs.losses_and_slopes(self._logps(), these)
-        self.slopes[:, these] = slopes.double()
-        self.group_sums.add_(segment_sum(losses, self.groups[these], self.group_sums.shape[0]))
+        groups, num_groups = self.groups[these], self.group_sums.shape[0]
+        slopes, summed = slopes.double(), losses
+        if self.tilt:
+            if self.tilts_by_batch:  # the mean of the first pairs that come
+                means = segment_sum(losses, groups, num_groups) / torch.bincount(groups, minlength=num_groups)
+                self.centres = torch.where(self.centres.isnan(), means, self.centres)
+            exponents = (losses.double() - self.centres[groups]) / self.tilt
+            factors = torch.where(exponents.isnan(), 1, exponents.clamp(-MAX_EXPONENT, MAX_EXPONENT).exp())
+            slopes = slopes * factors
+            summed = factors if self.tilts_by_batch else losses
+        self.slopes[:, these] = slopes
+        self.group_sums.add_(segment_sum(summed, groups, num_groups))
         self.pairs_seen += len(pairs)
 
     def _factors(self, rows: Tensor, of_groups: bool) -> Tensor:
         """(n, 1): what the gradient of each row's log-probability is multiplied by, its group's weight if asked."""
         if self.highest is None:  # the scale of the weights: about that of the group that will weigh most
-            mean_loss = self.group_sums.sum() / self.pairs_seen
-            self.highest = (self.offsets + self.rates * mean_loss * torch.bincount(self.groups)).amax()
+            sums, _ = self._loss_sums()
+            self.highest = (self.offsets + self.rates * (sums.sum() / self.pairs_seen) * self.sizes).amax()
         sequence = self.sequence[rows]
         factors = self.pairs.by_sequence(self.slopes)[sequence]
         if self.token_slopes is not None:
@@ -237,10 +256,19 @@ class Sweep:
             factors = factors * self._group_weights()[self.groups[self.pair_of_sequence[sequence]]]
         return factors.to(self.swept.logps.dtype).unsqueeze(1)
 
+    def _loss_sums(self) -> tuple[Tensor, Tensor | float]:
+        """Of the present groups what is called the sum of their losses, and the log of the mean of the factors that are
+        in their pairs' slopes; 0 for groups that have not come yet."""
+        if not self.tilts_by_batch:
+            return self.group_sums, 0.0
+        log_means = torch.where(self.group_sums > 0, (self.group_sums / self.sizes).log(), 0)
+        return torch.where(self.centres.isnan(), 0, self.sizes * (self.centres + self.tilt * log_means)), log_means
+
     def _group_weights(self) -> Tensor:
         """Of the present groups, as the losses seen so far have them, in units of the highest."""
         assert self.highest is not None  # _factors has set it
-        exponents = self.offsets + self.rates * self.group_sums - self.highest
+        sums, log_mean_factors = self._loss_sums()
+        exponents = self.offsets + self.rates * sums - log_mean_factors - self.highest
         return exponents.clamp(-MAX_EXPONENT, MAX_EXPONENT).exp()
 
 

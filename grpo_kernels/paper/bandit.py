@@ -94,7 +94,10 @@ class Bandit:
 def draw_bandit(scenario: str, kind: str, seed: int) -> Bandit:
     """A function of its arguments. A seed's states and actions are the same for all kinds of features."""
     generator = torch.Generator().manual_seed(1_000_003 * seed + list(SCENARIOS).index(scenario))
-    entry = SCENARIOS[scenario]
+    return draw_of(SCENARIOS[scenario], kind, generator)
+
+
+def draw_of(entry: Scenario, kind: str, generator: torch.Generator) -> Bandit:
     minority = round(TRAIN_PAIRS * entry.shares[0])
     half = VALIDATION_PAIRS // 2
     theta = 5 * torch.rand(NUM_FEATURES, dtype=torch.float64, generator=generator)

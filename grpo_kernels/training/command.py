@@ -27,7 +27,7 @@ from grpo_kernels.integrations import datasets as pairs
 from grpo_kernels.training import embedded_task, report, start
 from grpo_kernels.training.options import loss_at_zero, parse, word_after
 
-UNIFORM = {"group_step_size": 0.0, "group_options": None, "group_estimator": "importance"}
+UNIFORM = {"group_step_size": 0.0, "group_options": None, "group_baseline": None, "group_estimator": "importance"}
 ARMS: dict[str, dict[str, Any]] = {"plain": UNIFORM, "IS": UNIFORM, "robust": {}}  # changes of the trainer's config
 
 

@@ -143,7 +143,9 @@ def _save_picture(histories: dict[str, list[Record]], groups: list[str], results
     draw_worst.axhline(results["loss_at_zero"], color="0.5", linestyle=":", linewidth=1)
     draw_worst.set(title="Loss of the worst group")
     draw_worst.legend(fontsize="small")
-    alpha.set(title=f"{arms[-1]}: weight alpha of each group", ylim=(0, 1))
+    draw(alpha, histories[arms[-1]], "groups/alpha_entropy", "", linestyle="--", label="entropy of alpha / log K")
+    alpha.legend(handles=[line for line in alpha.lines if line.get_label().startswith("entropy")], fontsize="small")
+    alpha.set(title=f"{arms[-1]}: weight alpha of each group", ylim=(0, 1.02))
     axes[0, 0].legend(fontsize="small")
     for where in axes[1]:
         where.set(xlabel="step")

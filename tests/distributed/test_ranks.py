@@ -1,4 +1,4 @@
-"""Exactness across ranks: cases.py, sharded_cases.py and edge_cases.py under gloo with one, two and four processes.
+"""Exactness across ranks: cases.py and the other files of cases under gloo with one, two and four processes.
 
 Processes are dear to start, so all cases run in one start of worlds.py; each is a test of its own.
 """
@@ -22,6 +22,7 @@ if not torch.distributed.is_available():
     pytest.skip("this PyTorch has no torch.distributed", allow_module_level=True)
 
 import edge_cases  # noqa: E402, F401  (adds its cases)
+import group_cases  # noqa: E402, F401
 import sharded_cases  # noqa: E402, F401
 from cases import CASES  # noqa: E402
 

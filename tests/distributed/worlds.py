@@ -1,4 +1,4 @@
-"""Runs the cases of cases.py, sharded_cases.py and edge_cases.py, world after world: ``python worlds.py FOLDER``.
+"""Runs the cases of cases.py and the other files of cases, world after world: ``python worlds.py FOLDER``.
 
 Importing PyTorch is what a rank costs most, so ranks are forks of this process, which has no threads. Rank r of world w
 leaves FOLDER/w-r.json: {case: "", or what went wrong}, and prints what each case costs.
@@ -16,6 +16,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import edge_cases  # noqa: F401  (adds its cases)
+import group_cases  # noqa: F401
 import quick_interpreter
 import sharded_cases  # noqa: F401
 import torch

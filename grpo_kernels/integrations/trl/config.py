@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import inspect
+import json
+import math
+import os
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from grpo_kernels import validation
+from grpo_kernels.groups.rules import ALPHA_RULES
 from grpo_kernels.groups.weights import GroupWeights
 from grpo_kernels.loss_spec import LossSpec
 
@@ -33,6 +37,7 @@ SEAMS = (  # what is overridden or called of TRL's and Transformers' trainers
     "prediction_step",
     "training_step",
 )
+NOT_YOURS = ("num_groups", "process_group", "gradient_reduction", "of_rule")  # of GroupWeights' options
 STEP_SIZE = 0.01  # of the group weights, where neither group_step_size nor group_options says it
 
 # TRL's and Transformers' options that a loss with groups can't honour: the values that are taken, and why no other.
@@ -84,9 +89,21 @@ class GroupRobustDPOConfig(DPOConfig):
     """
 
     group_column: str = field(default="group", metadata={"help": "Column with each pair's group, a name or a number."})
-    group_step_size: float | None = field(
+    group_step_size: float | str | None = field(
         default=None,
-        metadata={"help": "eta, the step size of the group weights alpha; by default 0.01. Of the default rule."},
+        metadata={
+            "help": "eta, the step size of the group weights alpha, or 'auto' to have it chosen; by default 0.01. Of "
+            "the default rule.",
+            "aliases": ["--step-size"],
+        },
+    )
+    group_baseline: dict[str, float] | str | None = field(
+        default=None,
+        metadata={
+            "help": "What alpha measures a group's loss against: 'running', a dict of losses by group (or JSON), or "
+            "the results.json of a run of `train`, of which each group's lowest evaluation loss is taken.",
+            "aliases": ["--baseline"],
+        },
     )
     group_update: str | None = field(
         default=None,
@@ -130,10 +147,11 @@ class GroupRobustDPOConfig(DPOConfig):
     )
     backend: str = field(default="auto", metadata={"help": "Backend of grpo_kernels."})
 
-    _VALID_DICT_FIELDS: ClassVar = [*DPOConfig._VALID_DICT_FIELDS, "group_options", "group_sizes"]
+    _VALID_DICT_FIELDS: ClassVar = [*DPOConfig._VALID_DICT_FIELDS, "group_options", "group_sizes", "group_baseline"]
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self._check_step_size()
         self._check_losses()
         self._check_groups()
         self._check_accumulation()
@@ -150,9 +168,11 @@ class GroupRobustDPOConfig(DPOConfig):
         """Of the loss, beside its type: they have TRL's names. WPO's weights the trainer makes itself, like TRL's."""
         return {name: getattr(self, name) for name in OF_THE_LOSS}
 
-    def group_weights_options(self) -> dict[str, Any]:
+    def group_weights_options(self, group_names: list[str]) -> dict[str, Any]:
         """All that GroupWeights takes but the group sizes."""
         options = {**self._given_options(), "estimator": self.group_estimator, "update": self.group_update or "inline"}
+        if self.group_baseline is not None:
+            options["baseline"] = _baseline(self.group_baseline, group_names)
         if self.group_step_size is not None:
             return {**options, "step_size": self.group_step_size}
         of_default_rule = options.get("rule", "exponentiated_gradient") == "exponentiated_gradient"
@@ -161,6 +181,13 @@ class GroupRobustDPOConfig(DPOConfig):
     def _given_options(self) -> dict[str, Any]:
         assert not isinstance(self.group_options, str)  # TrainingArguments has parsed it, _check_groups looked
         return self.group_options or {}
+
+    def _check_step_size(self) -> None:
+        if isinstance(self.group_step_size, str) and self.group_step_size != "auto":  # of a command line
+            try:
+                self.group_step_size = float(self.group_step_size)
+            except ValueError:
+                raise ValueError(f"group_step_size must be a number or 'auto', got {self.group_step_size!r}") from None
 
     def _check_losses(self) -> None:
         for name, (taken, reason) in REFUSED.items():
@@ -196,14 +223,15 @@ class GroupRobustDPOConfig(DPOConfig):
         for name in ("group_options", "group_sizes"):
             if not isinstance(getattr(self, name), dict | None):
                 raise TypeError(f"{name} must be a dict, or one as JSON, got {getattr(self, name)!r}")
-        known = set(inspect.signature(GroupWeights).parameters)
-        elsewhere = {"estimator": "group_estimator", "update": "group_update", "group_sizes": "group_sizes"}
+        known = {*inspect.signature(GroupWeights).parameters, *(rule.parameter for rule in ALPHA_RULES.values())}
+        elsewhere = {name: f"group_{name}" for name in ("estimator", "update", "baseline")}
+        elsewhere["group_sizes"] = "group_sizes"
         if self.group_step_size is not None:
             elsewhere["step_size"] = "group_step_size"
         for name in self._given_options():
             if name in elsewhere:
                 raise ValueError(f"group_options must not hold {name!r}: it is the option {elsewhere[name]}")
-            if name not in known or name in ("num_groups", "process_group", "gradient_reduction"):
+            if name not in known or name in NOT_YOURS:
                 raise ValueError(f"group_options must hold options of GroupWeights that are left to you, got {name!r}")
         columns = [self.group_column, *self.pair_columns.values()]
         if len(set(columns)) < len(columns):
@@ -223,3 +251,27 @@ class GroupRobustDPOConfig(DPOConfig):
             raise ValueError(
                 f"group_estimator must be 'importance' with gradient accumulation, got {self.group_estimator!r}"
             )
+
+
+def _baseline(given: dict[str, float] | str, group_names: list[str]) -> list[float] | str:
+    """What GroupWeights takes, of ``group_baseline``.
+
+    Raises:
+        ValueError: it is no file, or lacks a group, or knows another.
+    """
+    if given == "running":
+        return given
+    losses: dict[str, float] = {}
+    if isinstance(given, str):
+        if not os.path.isfile(given):
+            raise ValueError(f"group_baseline must be 'running', a dict of losses, or a results.json, got {given!r}")
+        with open(given) as file:
+            runs = json.load(file)["runs"].values()
+        for scores in (run[when]["groups"] for run in runs for when in ("best", "last")):
+            for name, score in scores.items():
+                losses[name] = min(losses.get(name, math.inf), score["loss"])
+    else:
+        losses = given
+    if set(losses) != set(group_names):
+        raise ValueError(f"group_baseline must have a loss for each of the groups {group_names}, got {sorted(losses)}")
+    return [losses[name] for name in group_names]

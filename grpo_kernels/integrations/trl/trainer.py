@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import warnings
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -38,7 +39,8 @@ class GroupRobustDPOTrainer(DPOTrainer):
     ``loss`` and ``eval_loss`` are plain means of pair losses, ``objective`` is the weighted loss that is minimised.
     Logged beside TRL's metrics (``entropy``, ``logits/*`` and ``mean_token_accuracy`` with ``log_token_metrics=True``
     only): ``groups/<name>/loss|accuracy|alpha|count`` and ``groups/worst_loss``, in evaluations too, there with the
-    standard errors ``loss_se`` and ``accuracy_se`` (of two pairs or more). A tie is half a hit in ``accuracy``. The
+    standard errors ``loss_se`` and ``accuracy_se`` (of two pairs or more); in training the numbers of
+    `GroupWeights.diagnose`, too, whose warnings are given once. A tie is half a hit in ``accuracy``. The
     balancing loss of experts (``router_aux_loss_coef``) is added to the loss outside alpha and logged as ``aux_loss``.
 
     Attributes:
@@ -91,7 +93,9 @@ class GroupRobustDPOTrainer(DPOTrainer):
         eval_dataset = of_data.each(eval_dataset, "eval_dataset", self._with_groups)
         super().__init__(model, ref_model, args, data_collator, train_dataset, eval_dataset, **kwargs)
         self.data_collator = GroupCollator(self.data_collator, self.group_column, self.group_names, self._pair_columns)
-        self.group_weights = GroupWeights(group_sizes=self._group_sizes(), **args.group_weights_options())
+        self.group_weights = GroupWeights(
+            group_sizes=self._group_sizes(), **args.group_weights_options(self.group_names)
+        )
         self.group_weights.to(self.accelerator.device)
         self.loss_fn = GroupRobustLoss(
             self.group_weights,
@@ -106,6 +110,7 @@ class GroupRobustDPOTrainer(DPOTrainer):
             for mode, gather in gathers.items()
         }
         self._num_tokens = 0
+        self._said: set[str] = set()  # beginnings of the diagnosis' warnings
         self._plain_loss: Tensor | None = None
         self._add_sequence_logps()
         if args.group_update == "lagged":
@@ -229,7 +234,8 @@ class GroupRobustDPOTrainer(DPOTrainer):
         if self.args.should_save:  # before the rest, so that no whole checkpoint lacks it
             folder = Path(self._get_output_dir(trial=trial), f"checkpoint-{self.state.global_step}")
             folder.mkdir(parents=True, exist_ok=True)
-            state = {"group_names": self.group_names, "group_weights": self.group_weights.state_dict()}
+            state: dict[str, Any] = {"group_names": self.group_names, "group_weights": self.group_weights.state_dict()}
+            state["trail"] = self.group_weights.trail.state_dict()
             torch.save({**state, "num_tokens": num_tokens}, folder / STATE_FILE)
         super()._save_checkpoint(model, trial)
 
@@ -246,6 +252,8 @@ class GroupRobustDPOTrainer(DPOTrainer):
         if saved["group_names"] != self.group_names:
             raise ValueError(f"the checkpoint's groups {saved['group_names']} are not the data's {self.group_names}")
         self.group_weights.load_state_dict(saved["group_weights"])
+        if "trail" in saved:  # older ones have none: what is logged of it begins anew
+            self.group_weights.trail.load_state_dict(saved["trail"])
         self._num_tokens = saved["num_tokens"]
 
     # -- log-probabilities -------------------------------------------------------------------------------------
@@ -337,7 +345,13 @@ class GroupRobustDPOTrainer(DPOTrainer):
             return {}
         self._num_tokens += int(reading.total("tokens"))
         objective = reading.scalars["objective"] / reading.scalars["steps"]
-        return {**reading.metrics(standard_errors=False), "objective": objective, "num_tokens": self._num_tokens}
+        found = self.group_weights.diagnose(self.state.global_step, self.state.max_steps)
+        for text in found.warnings:
+            if text[:12] not in self._said:
+                self._said.add(text[:12])
+                warnings.warn(f"{text}. This warns once", stacklevel=2)
+        metrics = {**reading.metrics(standard_errors=False), **found.metrics(self.group_names)}
+        return {**metrics, "objective": objective, "num_tokens": self._num_tokens}
 
     def _evaluation_metrics(self) -> dict[str, float]:
         totals, weights = self._totals["eval"], self.group_weights
