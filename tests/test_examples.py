@@ -106,3 +106,12 @@ def test_trl(tmp_path: Path) -> None:
         assert losses[0] == pytest.approx(0.6931, abs=1e-4)
         assert losses[-1] < 0.69
         assert {line[5] for line in table if line[0] == f"| {group}"} == {f"{count} |"}
+
+
+def test_unknown_groups_are_found_and_served() -> None:
+    right, plain, robust = (
+        [float(x) for x in re.findall(r"\d\.\d+", line)]
+        for line in output_of("examples/unknown_groups.py").splitlines()
+    )
+    assert right[0] >= 0.95
+    assert max(robust) < max(plain), "the type that does worst does better"

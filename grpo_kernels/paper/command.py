@@ -1,7 +1,7 @@
 """`python -m grpo_kernels reproduce`: the bandit experiment and the theory of Ramesh et al. 2024, from data to table.
 
-Runs all scenarios x features x methods x seeds, the sweep over chi, and the convergence of the average iterates; leaves
-results.json and pictures, prints tables and which of the paper's claims hold.
+Runs all scenarios x features x methods x seeds, the sweep over chi, the convergence of the average iterates, and the
+options of GroupWeights on data of several kinds; leaves results.json and pictures, prints tables and which claims hold.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from grpo_kernels import validation
 from grpo_kernels.console import ProgressBar, make_console, progress
-from grpo_kernels.paper import report
+from grpo_kernels.paper import report, robustness
 from grpo_kernels.paper.bandit import FEATURES, NUM_GROUPS, SCENARIOS, Bandit, draw_bandit, reward_errors
 from grpo_kernels.paper.batched import (
     METHODS,
@@ -204,7 +204,12 @@ def run(config: ReproduceConfig, out: Path) -> dict[str, Any]:
         results["comparison"] += comparison_records(family, draws, histories[family.name], config.seeds)
         results["chi"] += chi_records(family, chi_draws, shown(f"{family.name} chi", sweep, chi_draws))
     results["convergence"] = convergence_records(config.max_horizon, bars)
-    results["claims"] = [asdict(claim) for claim in check_claims(results)]
+    with bars("options by kind of data", 2 * config.iterations) as bar:
+        results["options"] = robustness.records(
+            config.seeds, config.iterations, on_record=lambda done, worst: bar.advance(done, worst, None)
+        )
+    claims = [*check_claims(results), *robustness.check(results["options"])]
+    results["claims"] = [asdict(claim) for claim in claims]
     results["seconds"] = round(time.perf_counter() - began, 1)
     out.mkdir(parents=True, exist_ok=True)
     (out / "results.json").write_text(json.dumps(results, indent=1))

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from grpo_kernels.console import COLOURS
+from grpo_kernels.paper import robustness
 from grpo_kernels.paper.bandit import FEATURES, SCENARIOS
 from grpo_kernels.paper.batched import Runs
 from grpo_kernels.paper.claims import cell
@@ -47,9 +48,26 @@ def print_results(console: Any, results: dict[str, Any]) -> None:
                         row.append(f"{cells[2]['alpha_of_group_0']['mean']:.3f}")
                     table.add_row(*row, end_section=scenario == "iii")
             console.print(table)
+    _print_options(console, results["options"])
     for claim in results["claims"]:
         mark = "[green]holds[/green]        " if claim["holds"] else "[red]does not hold[/red]"
         console.print(f"{mark} {claim['text']}: {claim['detail']}", highlight=False)
+
+
+def _print_options(console: Any, record: list[dict[str, Any]]) -> None:
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    for measure, title in (("worst", "worst-group loss"), ("reward_error", "worst-group relative reward error")):
+        rows = [line.strip("| ").split(" | ") for line in robustness.table(record, measure).splitlines()]
+        table = Table(
+            title=f"Options: {title}, mean ± standard error, seeds lower than IS", box=SIMPLE_HEAD, padding=(0, 1, 0, 0)
+        )
+        for heading in rows[0]:
+            table.add_column(heading)
+        for row in rows[2:]:
+            table.add_row(*row)
+        console.print(table)
 
 
 def _mean_and_sd(values: dict[str, Any], measure: str) -> str:
