@@ -11,6 +11,7 @@ import torch
 
 import grpo_kernels as gk
 from grpo_kernels.__main__ import main
+from grpo_kernels.pair_losses import PAIR_LOSSES
 
 DOCS = Path(__file__).parent.parent / "docs"
 SHELL = {  # what a page may tell the reader to type, beside README.md's; each is run by the tests that are named
@@ -52,6 +53,12 @@ def test_losses_page_is_the_table_of_the_code(capsys: pytest.CaptureFixture) -> 
     assert main(["doctor", "--losses"]) == 0
     assert capsys.readouterr().out.strip() == table[1]
     run("losses.md")
+
+
+def test_readme_names_every_loss() -> None:
+    names = re.search(r"<!-- losses -->\n(.*?)\n<!-- /losses -->", (DOCS.parent / "README.md").read_text(), re.S)
+    assert names is not None
+    assert re.findall(r"`(\w+)`", names[1]) == list(PAIR_LOSSES)
 
 
 @pytest.mark.parametrize("path", sorted((DOCS / "kernels").glob("*.md")), ids=lambda path: path.stem)

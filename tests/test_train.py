@@ -25,6 +25,7 @@ import transformers  # noqa: E402
 from grpo_kernels.__main__ import main  # noqa: E402
 from grpo_kernels.integrations import callbacks, checkpoints  # noqa: E402
 from grpo_kernels.integrations import transformers as hf  # noqa: E402
+from grpo_kernels.training import embedded_task  # noqa: E402
 
 ROWS = [
     {
@@ -130,6 +131,20 @@ def test_three_arms_from_one_start(tmp_path: Path, capsys: pytest.CaptureFixture
     assert alphas["IS"] == pytest.approx([0.5, 0.5])
     assert alphas["robust"] != pytest.approx([0.5, 0.5], abs=1e-6)
     assert (out / "training.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_mixture_on_the_embedded_task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A part of its pairs, a small model that is not warmed up: the loss begins at apo_zero's 1 and sft's log V."""
+    whole = embedded_task.data_set
+    monkeypatch.setattr(embedded_task, "data_set", lambda num_pairs, seed: whole(num_pairs // 50, seed))
+    out = tmp_path / "run"
+    words = ["--loss", "apo_zero", "sft", "--max_length", 256, "--sft_steps", 0, "--log_token_metrics", "--out", out]
+    assert main(command(*words)) == 0
+    first, *_, last = records(out)
+    assert first["eval_loss"] == pytest.approx(1 + first["eval_entropy"], abs=0.1), "nearly uniform over the tokens"
+    assert last["eval_loss"] < first["eval_loss"] - 0.1
+    facts = json.loads((out / "results.json").read_text())
+    assert facts["loss_type"] == "apo_zero + sft"
 
 
 def test_the_plain_arm_is_trls_dpo(tmp_path: Path, data: str, model: str) -> None:

@@ -194,7 +194,8 @@ def test_the_step_size_is_in_units_of_the_loss() -> None:
         assert loss_at_zero(config) == pytest.approx(at_zero)
         assert config.group_step_size == pytest.approx(0.05 / at_zero)
     assert parse(["--group_step_size", "0.7"])[1].group_step_size == 0.7
-    _, mixture, _ = parse(["--loss_type", "sigmoid", "apo_zero", "sft"])
+    _, mixture, _ = parse(["--loss", "sigmoid", "apo_zero", "sft"])
+    assert mixture.loss_type == parse(["--loss_type", "sigmoid", "apo_zero", "sft"])[1].loss_type
     assert mixture.group_step_size == pytest.approx(0.05 / (math.log(2) + 1))  # apo_zero begins at 1, sft at 0
     assert parse(["--loss_type", "sft"])[1].group_step_size is None, "it begins at 0, which is no unit"
     other_rule = parse(["--group_options", '{"rule": "soft_maximum", "temperature": 0.2}'])[1]

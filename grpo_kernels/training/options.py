@@ -58,11 +58,18 @@ class TrainOptions:
 
 @dataclass
 class TrainerOptions(GroupRobustDPOConfig):
-    """The trainer's config, and --out for its folder."""
+    """The trainer's config, --out for its folder and --loss for its losses."""
 
     _argument_group_name: ClassVar[str] = "the trainer (group_* and backend are last)"
 
     output_dir: str | None = _option(None, "folder for checkpoints and results", aliases=["--out"])
+    loss_type: list[str] = field(
+        default_factory=lambda: ["sigmoid"],
+        metadata={
+            "help": "pair losses by name, added up with --loss_weights; `grpo_kernels doctor --losses` lists them",
+            "aliases": ["--loss"],
+        },
+    )
 
 
 @dataclass
