@@ -179,7 +179,9 @@ class _GroupRobustLossBase(nn.Module):
         return pairs
 
     def _pairs_of(self, rows: Rows, group_ids: Tensor, ref_logps: Tensor | None, options: dict[str, Any]) -> Pairs:
-        counts = token_counts_of(rows) if self.spec.uses_counts else None
+        counts = options.pop("token_counts", None)
+        if counts is None and self.spec.uses_counts:
+            counts = token_counts_of(rows)
         return self._pairs(rows.num_sequences // 2, rows.labels.device, group_ids, ref_logps, counts, **options)
 
     def _of_pairs(self, policy_logps: Tensor, pairs: Pairs, total_pairs: int | Tensor | None) -> GroupRobustOutput:
@@ -341,6 +343,7 @@ class GroupRobustLoss(_GroupRobustLossBase):
             ref_logps: (2B,) log-probabilities under the reference policy, without gradient.
             beta, margin, weights, label_smoothing: per-pair overrides as in `preference_losses`.
             token_weights: labels' shape, as in `sequence_logps`.
+            token_counts: (2B,) for losses of means; by default the tokens that count.
             total_pairs: pairs of the whole optimiser step, over all its forwards and ranks, for ``update="lagged"``.
                 The loss is then this batch's share of the step, to be added up over forwards (the engine must not
                 divide by their number) and ranks, and nothing is communicated before `GroupWeights.step`.

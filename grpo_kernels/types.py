@@ -110,6 +110,7 @@ class PairOptions(LogpsOptions, total=False):
     """And those of a forward."""
 
     token_weights: Tensor | None
+    token_counts: Tensor | None
     total_pairs: int | Tensor | None
 
 

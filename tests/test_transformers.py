@@ -197,6 +197,55 @@ def test_a_copy_computes_with_its_own_parameters(linear: bool) -> None:
     assert not torch.allclose(model(**batch(), sequence_logps=True), before)
 
 
+@pytest.mark.parametrize("family", ["Phi", "Gemma2", "Granite"])
+@pytest.mark.parametrize("linear", [True, False])
+def test_a_loss_inside_the_forward_is_the_one_outside(family: str, linear: bool) -> None:
+    """Everything that comes back, and the gradient of every parameter."""
+    model = model_of(family, torch.float64).eval()
+    head = hf.find_head(model)
+    hf.add_sequence_logps(model, head if linear else None)
+    of_head = {"logit_scale": head.scale, "softcap": head.softcap} if linear else {}
+    ids, ref, margin = torch.tensor([1, 0]), torch.randn(4), torch.tensor([0.5, 0.0])
+    outputs, gradients = [], []
+    for inside in (True, False):
+        groups = gk.GroupWeights(group_sizes=[3, 1], step_size=0.5)
+        if inside:
+            cls = gk.LinearGroupRobustLoss if linear else gk.GroupRobustLoss
+            loss = hf.LossOfPairs(cls(groups, beta=0.5, shift_labels=True, **of_head), ids, ref, margin=margin)
+            found = model(**batch(), loss_of_pairs=loss)
+            assert found.loss is found.output.loss
+            out = found.output
+        else:
+            logps = model(**batch(), sequence_logps=True)
+            out = gk.GroupRobustLoss(groups, beta=0.5).from_logps(logps, ids, ref, margin=margin)
+        model.zero_grad()
+        out.loss.backward()
+        outputs.append(out)
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    for name, one, other in zip(out._fields, *outputs, strict=True):
+        torch.testing.assert_close(one, other, msg=name, **EXACT)
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradient, gradients[1][name], rtol=1e-6, atol=1e-9, msg=name)
+
+
+def test_a_loss_of_another_path_or_head_is_refused() -> None:
+    groups, ids = gk.GroupWeights(num_groups=1, estimator="group_mean", step_size=0.1), torch.tensor([0, 0])
+    on_logits, on_hidden = (
+        hf.LossOfPairs(cls(groups, reference_free=True, shift_labels=True), ids)
+        for cls in (gk.GroupRobustLoss, gk.LinearGroupRobustLoss)
+    )
+    model = model_of("Granite")
+    hf.add_sequence_logps(model, None)
+    with pytest.raises(TypeError, match="must be a GroupRobustLoss on the logits path, got LinearGroupRobustLoss"):
+        model(**batch(), loss_of_pairs=on_hidden)
+    hf.add_sequence_logps(model, hf.find_head(model))
+    with pytest.raises(TypeError, match="must be a LinearGroupRobustLoss on the linear path, got GroupRobustLoss"):
+        model(**batch(), loss_of_pairs=on_logits)
+    with pytest.raises(ValueError, match=r"the model's logit_scale=0.125 and softcap=None, got 1.0 and None"):
+        model(**batch(), loss_of_pairs=on_hidden)
+
+
 def test_the_loss_learns_through_it() -> None:
     """The whole way: a model, a batch of pairs, group weights."""
     model = model_of("Qwen2")

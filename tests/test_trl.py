@@ -21,6 +21,7 @@ peft = pytest.importorskip("peft", reason="peft is not installed: pip install pe
 import transformers  # noqa: E402
 import trl_cases  # noqa: E402
 
+import grpo_kernels as gk  # noqa: E402
 from grpo_kernels.integrations import transformers as hf  # noqa: E402
 from grpo_kernels.integrations.trl import (  # noqa: E402
     GroupRobustDPOConfig,
@@ -316,6 +317,32 @@ def test_group_columns_of_numbers_and_class_labels(tmp_path: Path) -> None:
     assert named.group_weights.group_sizes.tolist() == [6, 6, 12]
 
 
+def test_one_process_takes_three_products(tmp_path: Path) -> None:
+    """Although alpha moves with each batch; the reference takes one."""
+    for plan, products in (("sweep", 3), ("keep", 3), ("recompute", 4)):
+        of = trainer(tmp_path, linear_plan=plan, per_device_train_batch_size=8, max_steps=3)
+        counted = sum(len(pair["chosen_ids"] + pair["rejected_ids"]) for pair in of.train_dataset)
+        with trl_cases.HeadProducts(300, of.ref_model.get_output_embeddings().weight) as seen:
+            of.train()
+        assert (seen.rows, seen.of_reference) == (products * counted, counted), plan
+        assert (of.group_weights.alpha - 1 / 3).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("loss_type", ["ipo", "sigmoid_norm"])
+def test_lengths_are_trl_s(tmp_path: Path, loss_type: str) -> None:
+    """Without a prompt the answer's first token has no log-probability, and counts in TRL's lengths all the same."""
+    data, losses = pairs().map(lambda _: {"group": "all", "prompt": ""}), []
+    options = {"loss_type": loss_type, "max_steps": 2, "beta": 0.3}
+    for make, args in (
+        (GroupRobustDPOTrainer, config(tmp_path, **options)),
+        (trl.DPOTrainer, config(tmp_path, trl.DPOConfig, **options)),
+    ):
+        of = make(gpt2(), shaken(gpt2()), args, train_dataset=data, processing_class=tokenizer())
+        of.train()
+        losses.append([*steps(of, "loss"), *steps(of, "logps/chosen")])
+    assert losses[0] == pytest.approx(losses[1], rel=AS_TRL_LOGS)
+
+
 def test_streamed_data_needs_sizes(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"group_sizes must be given"):
         trainer(tmp_path, data=pairs().to_iterable_dataset())
@@ -347,6 +374,15 @@ def test_errors(tmp_path: Path) -> None:
         config(tmp_path, loss_type=["ipo", "sft"])
     with pytest.raises(TypeError, match=r"args must be a GroupRobustDPOConfig, got DPOConfig"):
         GroupRobustDPOTrainer(llama(), args=config(tmp_path, trl.DPOConfig), train_dataset=pairs())
+    with pytest.raises(ValueError, match=r"linear_plan must be one of .*, got 'fast'"):
+        config(tmp_path, linear_plan="fast")
+    for options in ({"linear_plan": "keep"}, {"max_extra_bytes": 0}):
+        with pytest.raises(ValueError, match=r"must be left out on the logits path"):
+            trainer(tmp_path, fused_linear=False, **options)
+    several = config(tmp_path)
+    several._n_gpu = 2
+    with pytest.raises(NotImplementedError, match=r"one process for each GPU, got 2 GPUs in one: start it"):
+        GroupRobustDPOTrainer(gpt2(), gpt2(), several, train_dataset=pairs(), processing_class=tokenizer())
     long = pairs().map(lambda pair: {"prompt": pair["prompt"] * (20 if pair["group"] == "rare" else 1)})
     with pytest.raises(ValueError, match=r"max_length=20 leaves no training pair of the groups \['rare'\]"):
         trainer(tmp_path, data=long, max_length=20)
@@ -423,7 +459,8 @@ def worker(rank: int, world: int, port: int, folder: str) -> None:
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "ACCELERATE_USE_CPU": "1"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    torch.save(results_of_cases(world, folder), Path(folder) / f"rank{rank}.pt")
+    results = {**results_of_cases(world, folder), "bfloat16": in_bfloat16()}
+    torch.save(results, Path(folder) / f"rank{rank}.pt")
     torch.distributed.destroy_process_group()
 
 
@@ -433,17 +470,49 @@ def results_of_cases(world: int, folder: str) -> dict[str, dict[str, Any]]:
         options = {**options, "per_device_train_batch_size": options["per_device_train_batch_size"] // world}
         options["ddp_backend"] = "gloo" if world > 1 else None
         of = trainer(Path(folder) / name, eval_data=pairs(7, 100), **options)
-        of.train()
+        with trl_cases.HeadProducts(300, of.ref_model.get_output_embeddings().weight) as products:
+            of.train()
         assert of.accelerator.num_processes == world
         results[name] = {"history": of.state.log_history, "parameters": parameters(of), "eval": of.evaluate()}
+        results[name]["products"] = torch.tensor([products.rows, products.of_reference])
+        # 6 steps of 4 pairs are the 24 pairs once.
+        results[name]["counted"] = sum(len(pair["chosen_ids"] + pair["rejected_ids"]) for pair in of.train_dataset)
         results[name]["alpha"] = of.group_weights.alpha
     return results
 
 
+def in_bfloat16() -> dict[str, Any]:
+    """Of a model in bfloat16, and of one that FSDP2 computes in it; both ranks have the same pairs."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    start, half = gpt2().float(), torch.bfloat16
+    hf.add_sequence_logps(start, hf.find_head(start))
+    models = {"alone": copy.deepcopy(start).to(half), "sharded": start}
+    policy = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=torch.float32, output_dtype=half)
+    fully_shard(start, mesh=init_device_mesh("cpu", (2,)), mp_policy=policy)
+    ids = torch.randint(3, 300, (4, 40), generator=torch.Generator().manual_seed(0))
+    batch, ref_logps = {"input_ids": ids, "labels": ids}, torch.tensor([-220.3, -221.4, -219.9, -222.2])
+    results = {}
+    for name, model in models.items():
+        loss_fn = gk.LinearGroupRobustLoss(gk.GroupWeights(group_sizes=[5, 3], step_size=0.5), shift_labels=True)
+        found = model(**batch, loss_of_pairs=hf.LossOfPairs(loss_fn, torch.tensor([0, 1]), ref_logps))
+        found.loss.backward()
+        out, gradient = found.output, model.get_output_embeddings().weight.grad
+        gradient = gradient.full_tensor() if hasattr(gradient, "full_tensor") else gradient
+        results[name] = {"loss": out.loss.detach(), "logps": out.chosen_logps.detach(), "rewards": out.chosen_rewards}
+        with torch.no_grad():
+            results[name]["reference"] = model(**batch, sequence_logps=True, sealed=True).value
+            unsealed = model(**batch, sequence_logps=True)
+        results[name]["gradient"] = gradient.to(half)
+    return {**results, "unsealed": unsealed}
+
+
 CASES: dict[str, dict[str, Any]] = {
-    "inline": {"per_device_train_batch_size": 4},
+    "inline": {"per_device_train_batch_size": 4, "linear_plan": "keep"},
     "accumulation": {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "fused_linear": False},
     "checkpointing": {"per_device_train_batch_size": 4, "gradient_checkpointing": True, "loss_type": "ipo"},
+    "sweep": {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "linear_plan": "sweep"},
 }
 
 
@@ -481,3 +550,20 @@ def test_two_ranks_are_one(ranks: list[dict[str, Any]], name: str) -> None:
                 if key in theirs:
                     assert mine[key] == pytest.approx(theirs[key], rel=LOGGED, abs=EXACT), key
     assert torch.equal(both[0]["alpha"], both[1]["alpha"])
+    if "linear_plan" in CASES[name]:  # three products of the policy, one of the reference
+        expected = torch.tensor([3, 1]) * alone["counted"]
+        assert torch.equal(alone["products"], expected)
+        assert torch.equal(sum(together["products"] for together in both), expected)
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="this PyTorch has no torch.distributed")
+def test_a_wrapper_rounds_no_log_probability(ranks: list[dict[str, Any]]) -> None:
+    """FSDP2's mixed precision casts what a forward takes and gives: only what is sealed comes through as it is."""
+    for results in ranks[1:]:
+        alone, sharded, unsealed = (results["bfloat16"][name] for name in ("alone", "sharded", "unsealed"))
+        assert unsealed.dtype == torch.bfloat16, "it does cast"
+        for name, value in alone.items():
+            assert sharded[name].dtype == value.dtype
+            close = 2**-7 if name == "gradient" else 1e-6
+            torch.testing.assert_close(sharded[name], value, rtol=close, atol=0 if name != "gradient" else close)
+        assert (alone["logps"] - alone["logps"].bfloat16()).abs().max() > 1e-2

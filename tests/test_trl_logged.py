@@ -138,7 +138,9 @@ def test_experts_balance_outside_alpha() -> None:
         of.model.train()
         losses.append(of.compute_loss(of.model, first_batch(of, 6)))
     assert of.group_weights.alpha.max() > 0.6
-    *_, aux = of._policy_logps(of.model, first_batch(of, 6))
+    batch = first_batch(of, 6)
+    with torch.no_grad():
+        aux = of._loss_in_forward(of.model, batch, of._reference_logps(of.ref_model, batch)).aux_loss
     torch.testing.assert_close(losses[1] - losses[0], 0.5 * aux, rtol=1e-5, atol=1e-6)
     metrics = of.evaluate()
     assert metrics["eval_aux_loss"] > 1

@@ -14,7 +14,7 @@ os.environ |= {"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
 pytest.importorskip("trl", reason="trl is not installed: pip install 'grpo-kernels[trl]'")
 peft = pytest.importorskip("peft", reason="peft is not installed: pip install peft")
 
-from trl_cases import first_batch, llama, logps_of_logits, model_of, trainer  # noqa: E402
+from trl_cases import first_batch, llama, logps_of_logits, model_of, policy_logps, trainer  # noqa: E402
 
 REFERENCES: dict[str, tuple[Any, Any]] = {  # policy, reference: (family, options)
     "another scale": (("Granite", {"logits_scaling": 8.0}), ("Granite", {"logits_scaling": 16.0})),
@@ -39,7 +39,7 @@ def test_each_model_has_its_own_head(kind: str, fused_linear: bool | None) -> No
     expected, ref_expected = (logps_of_logits(model, batch) for model in (policy, reference))
     assert (expected - ref_expected).abs().max() > 0.3
     with torch.no_grad():
-        torch.testing.assert_close(of._policy_logps(policy, batch)[0].double(), expected, rtol=1e-5, atol=1e-3)
+        torch.testing.assert_close(policy_logps(of, policy, batch), expected, rtol=1e-5, atol=1e-3)
     torch.testing.assert_close(of._reference_logps(reference, batch).double(), ref_expected, rtol=1e-5, atol=1e-3)
     ready = trainer(policy, reference, fused_linear=fused_linear, precompute_ref_log_probs=True)
     batch = first_batch(ready)
@@ -120,7 +120,7 @@ def test_an_adapter_is_switched_off_for_the_reference(kind: str) -> None:
     base, of.model = logps_of_logits(plain, batch), of.model.eval()
     torch.testing.assert_close(of._reference_logps(of.model, batch).double(), base, rtol=1e-5, atol=1e-3)
     with torch.no_grad():
-        got = of._policy_logps(of.model, batch)[0].double()
+        got = policy_logps(of, of.model, batch)
     torch.testing.assert_close(got, logps_of_logits(of.model, batch), rtol=1e-5, atol=1e-3)
     assert (got - base).abs().max() > 0.01, "it has learned"
 

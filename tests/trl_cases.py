@@ -7,6 +7,7 @@ from typing import Any
 
 import datasets
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from trl import DPOConfig, DPOTrainer
 
 from grpo_kernels.integrations import transformers as hf
@@ -115,3 +116,42 @@ def logps_of_logits(model: Any, batch: dict[str, Any]) -> torch.Tensor:
 
 def first_batch(of: Any, count: int = 3) -> dict[str, Any]:
     return of._prepare_inputs(of.data_collator([of.train_dataset[i] for i in range(count)]))
+
+
+def policy_logps(of: Any, model: Any, batch: dict[str, Any]) -> torch.Tensor:
+    """(2B,) log-probabilities, by the forward that computes the loss."""
+    out = of._loss_in_forward(model, batch, torch.zeros(2 * len(batch["group_ids"]))).output
+    return torch.cat([out.chosen_logps, out.rejected_logps]).double()
+
+
+PRODUCTS = [torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.addmm_, torch.ops.aten.matmul]
+
+
+class HeadProducts(TorchDispatchMode):
+    """Counts the rows of matrix products with a head of ``vocab_size`` while it is on, inside our operators, too.
+
+    ``rows`` holds those of the policy, ``of_reference`` those whose operand is the reference's head.
+    """
+
+    def __init__(self, vocab_size: int, reference: torch.Tensor | None = None) -> None:
+        super().__init__()
+        self.vocab_size, self.rows, self.of_reference = vocab_size, 0, 0
+        self.reference = None if reference is None else reference.untyped_storage().data_ptr()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function.namespace == "grpo_kernels":
+            with self:  # the operator's body, past the dispatch that has come here
+                return function.redispatch(torch._C.DispatchKeySet(torch._C.DispatchKey.CPU), *args, **(kwargs or {}))
+        if function.overloadpacket in PRODUCTS:
+            self._count(*[x for x in args if isinstance(x, torch.Tensor)][-2:])
+        return function(*args, **(kwargs or {}))
+
+    def _count(self, left: torch.Tensor, right: torch.Tensor) -> None:
+        sizes = [*left.shape, right.shape[1]]
+        if self.vocab_size not in sizes:
+            return
+        rows = sizes[1] if sizes[0] == self.vocab_size else sizes[0]  # of dweight they are what is summed over
+        if self.reference in {x.untyped_storage().data_ptr() for x in (left, right)}:
+            self.of_reference += rows
+        else:
+            self.rows += rows

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from grpo_kernels import functional
+from grpo_kernels.integrations.in_forward import LossInForward, LossOfPairs, Sealed, logps_of
 
 PAD, EOS = "<pad>", "</s>"
 
@@ -243,13 +243,22 @@ def _run_without_head(model: Any, inputs: dict[str, Any]) -> tuple[Tensor, Any]:
     return kept[0], outputs
 
 
-def add_sequence_logps(model: Any, head: Head | None, *, shift_labels: bool = True, backend: str = "auto") -> None:
-    """Let ``model(..., labels=labels, sequence_logps=True)`` return (S,) log-probabilities of the labels.
+def add_sequence_logps(
+    model: Any,
+    head: Head | None,
+    *,
+    shift_labels: bool = True,
+    backend: str = "auto",
+    max_extra_bytes: int | str = "auto",
+) -> None:
+    """Let ``model(..., labels=labels, sequence_logps=True)`` return (S,) log-probabilities of the labels, and
+    ``model(..., labels=labels, loss_of_pairs=LossOfPairs(...))`` the group-robust loss, a `LossInForward`.
 
     They are computed inside the model's forward, so that wrappers (DDP, FSDP, PEFT, autocast) see one forward and
-    gather and synchronise what they must. Without the flag the forward is as before. Beside it the forward takes
-    ``token_weights``, as `sequence_logps` does, and ``return_metrics=True``, which makes it return (logps,
-    `TokenMetrics`) from the same pass. With ``output_router_logits=True`` a model with experts returns their balancing
+    gather and synchronise what they must. Without these the forward is as before. Beside ``sequence_logps`` it takes
+    ``token_weights``, as `sequence_logps` does, ``return_metrics=True``, which makes it return (logps, `TokenMetrics`)
+    from the same pass, and ``sealed=True``: what it returns comes `Sealed`, where FSDP's mixed precision would round it
+    (and without a gradient under FSDP). With ``output_router_logits=True`` a model with experts returns their balancing
     loss, too, as the last of the tuple; see `has_balancing_loss`.
 
     Args:
@@ -257,14 +266,20 @@ def add_sequence_logps(model: Any, head: Head | None, *, shift_labels: bool = Tr
         head: what `find_head` found, for the linear path; None for the logits path.
         shift_labels: True for labels as Transformers has them, a copy of input_ids with -100 where nothing counts: they
             are shifted here, so that position t predicts ``labels[:, t + 1]``. False where ``labels[:, t]`` is what
-            position t is to predict, as `sequence_logps` has it by default.
-        backend: of `linear_sequence_logps` or `sequence_logps`.
+            position t is to predict, as `sequence_logps` has it by default. A loss of pairs has an option of its own.
+        backend, max_extra_bytes: of `linear_sequence_logps` or `sequence_logps`; a loss of pairs has its own.
 
     Example:
         >>> model = small_llama(300, hidden_size=32, num_layers=1, max_length=8, pad_id=0)
         >>> add_sequence_logps(model, find_head(model))
-        >>> ids = torch.tensor([[5, 6, 7]])
+        >>> ids = torch.tensor([[5, 6, 7], [5, 8, 9]])
         >>> model(input_ids=ids, labels=ids, sequence_logps=True).shape
+        torch.Size([2])
+        >>> import grpo_kernels as gk
+        >>> groups = gk.GroupWeights(num_groups=1, estimator="group_mean", step_size=0.1)
+        >>> loss_fn = gk.LinearGroupRobustLoss(groups, shift_labels=True, reference_free=True)
+        >>> found = model(input_ids=ids, labels=ids, loss_of_pairs=LossOfPairs(loss_fn, torch.tensor([0])))
+        >>> found.output.pair_losses.shape
         torch.Size([1])
     """
     check_causal(model)
@@ -272,38 +287,52 @@ def add_sequence_logps(model: Any, head: Head | None, *, shift_labels: bool = Tr
     options: dict[str, Any] = {"shift_labels": shift_labels, "backend": backend}
 
     @functools.wraps(plain_forward)
-    def forward(self: Any, *args: Any, sequence_logps: bool = False, **kwargs: Any) -> Any:
-        if not sequence_logps:
+    def forward(
+        self: Any,
+        *args: Any,
+        sequence_logps: bool = False,
+        sealed: bool = False,
+        loss_of_pairs: LossOfPairs | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        if not sequence_logps and loss_of_pairs is None:
             return plain_forward(self, *args, **kwargs)
-        labels = kwargs.pop("labels")
-        more = {**options, "token_weights": kwargs.pop("token_weights", None)}
-        kwargs, aux_loss = {"use_cache": False, **kwargs}, None
+        labels, token_weights = kwargs.pop("labels"), kwargs.pop("token_weights", None)
         with_metrics = kwargs.pop("return_metrics", False)
-        if head is None:
-            outputs = plain_forward(self, *args, **kwargs)
-            of_logits = functional.sequence_logps_and_metrics if with_metrics else functional.sequence_logps
-            found = of_logits(outputs.logits, labels, inplace_backward=True, **more)
-            aux_loss = getattr(outputs, "aux_loss", None)
-        else:
-            if kwargs.get("output_router_logits"):
-                hidden, outputs = _run_without_head(self, kwargs)
-                aux_loss = outputs.aux_loss
-            else:
-                hidden = _last_hidden_states(self, kwargs)
-            hidden, weight, bias, _ = _with_head(self, head, hidden)
-            of_head: dict[str, Any] = {"bias": bias, "logit_scale": head.scale, "softcap": head.softcap}
-            of_hidden = (
-                functional.linear_sequence_logps_and_metrics if with_metrics else functional.linear_sequence_logps
-            )
-            found = of_hidden(hidden, weight, labels, **of_head, **more)
-        if not kwargs.get("output_router_logits"):
-            return found
-        if aux_loss is None:
-            raise NotImplementedError(f"{type(self).__name__} computes no balancing loss of its experts")
-        return (*found, aux_loss) if isinstance(found, tuple) else (found, aux_loss)
+        rows, aux_loss = _rows_and_balancing_loss(self, head, args, {"use_cache": False, **kwargs})
+        if loss_of_pairs is not None:
+            of_pairs = loss_of_pairs.of(rows, labels)
+            return LossInForward(of_pairs[0].loss, aux_loss, Sealed(of_pairs))
+        of_linear = {"max_extra_bytes": max_extra_bytes}
+        found = logps_of(rows, labels, with_metrics, of_linear, token_weights=token_weights, **options)
+        if aux_loss is not None:
+            found = (*found, aux_loss) if isinstance(found, tuple) else (found, aux_loss)
+        return Sealed(found) if sealed else found
 
     forward.plain_forward = plain_forward  # type: ignore[attr-defined]
     model.forward = MethodType(forward, model)  # a method, so that copy.deepcopy binds the copy's to the copy
+
+
+def _rows_and_balancing_loss(
+    model: Any, head: Head | None, args: tuple[Any, ...], inputs: dict[str, Any]
+) -> tuple[Tensor | HiddenAndHead, Tensor | None]:
+    """(logits, or what they are made of; the experts' balancing loss where ``output_router_logits`` asks for it)."""
+    asked = inputs.get("output_router_logits")
+    rows: Tensor | HiddenAndHead
+    if head is None:
+        outputs = _plain_forward(model)(model, *args, **inputs)
+        rows = outputs.logits
+    elif asked:
+        hidden, outputs = _run_without_head(model, inputs)
+        rows = _with_head(model, head, hidden)
+    else:
+        return hidden_and_head(model, head, **inputs), None
+    if not asked:
+        return rows, None
+    aux_loss = getattr(outputs, "aux_loss", None)
+    if aux_loss is None:
+        raise NotImplementedError(f"{type(model).__name__} computes no balancing loss of its experts")
+    return rows, aux_loss
 
 
 def _plain_forward(model: Any) -> Callable[..., Any]:

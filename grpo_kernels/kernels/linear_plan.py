@@ -31,6 +31,7 @@ from grpo_kernels.kernels.devices import Device
 from grpo_kernels.kernels.linear import LinearHead
 
 BUDGET_OPTIONS = ("max_extra_bytes", "plan", "accumulate_dtype")
+PLANS = ("auto", "sweep", "keep", "recompute")  # to ask for
 # The largest chunk's logits: more do not make a product faster. On a CPU 256 MiB in float32.
 CHUNK_ELEMENTS = 1 << 26
 GPU_CHUNK_ELEMENTS = 1 << 31
@@ -85,7 +86,7 @@ class Budget:
     def __post_init__(self) -> None:
         if self.max_extra_bytes != "auto":
             validation.check_whole_number("max_extra_bytes", self.max_extra_bytes, 0, "'auto' or ")
-        validation.check_choice("plan", self.plan, ("auto", "sweep", "keep", "recompute"))
+        validation.check_choice("plan", self.plan, PLANS)
         if self.accumulate_dtype not in (torch.float32, torch.bfloat16):
             raise ValueError(f"accumulate_dtype must be torch.float32 or torch.bfloat16, got {self.accumulate_dtype}")
 

@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 from grpo_kernels import validation
 from grpo_kernels.groups.rules import ALPHA_RULES
 from grpo_kernels.groups.weights import GroupWeights
+from grpo_kernels.kernels.linear_plan import PLANS
 from grpo_kernels.loss_spec import LossSpec
 
 try:
@@ -145,6 +146,17 @@ class GroupRobustDPOConfig(DPOConfig):
         default=None,
         metadata={"help": "Never hold the logits. By default where the model allows it; True raises elsewhere."},
     )
+    linear_plan: str = field(
+        default="auto",
+        metadata={
+            "help": "What the linear path keeps for the backward: 'auto', the fastest that fits, or 'sweep', 'keep' or "
+            "'recompute'."
+        },
+    )
+    max_extra_bytes: int | None = field(
+        default=None,
+        metadata={"help": "Memory for the linear path's logits; by default 1/16 of a GPU's, 1/32 of the machine's."},
+    )
     backend: str = field(default="auto", metadata={"help": "Backend of grpo_kernels."})
 
     _VALID_DICT_FIELDS: ClassVar = [*DPOConfig._VALID_DICT_FIELDS, "group_options", "group_sizes", "group_baseline"]
@@ -155,6 +167,9 @@ class GroupRobustDPOConfig(DPOConfig):
         self._check_losses()
         self._check_groups()
         self._check_accumulation()
+        validation.check_choice("linear_plan", self.linear_plan, PLANS)
+        if self.max_extra_bytes is not None:
+            validation.check_whole_number("max_extra_bytes", self.max_extra_bytes, 0)
         if self.average_log_prob is None:
             self.average_log_prob = self.loss_type == ["ipo"]
 
@@ -163,6 +178,21 @@ class GroupRobustDPOConfig(DPOConfig):
         """The columns of per-pair numbers: what they are to the loss, and their names."""
         named = {role: getattr(self, option) for role, option in PAIR_OPTIONS.items()}
         return {role: column for role, column in named.items() if column is not None}
+
+    @property
+    def linear_bytes(self) -> int | str:
+        return "auto" if self.max_extra_bytes is None else self.max_extra_bytes
+
+    def check_logits_path(self) -> None:
+        """
+        Raises:
+            ValueError: an option of the linear path, where logits are held.
+        """
+        if self.linear_plan != "auto" or self.max_extra_bytes is not None:
+            raise ValueError(
+                "linear_plan and max_extra_bytes must be left out on the logits path (fused_linear=False, or a model "
+                f"whose head is no plain matrix in memory), got {self.linear_plan!r} and {self.max_extra_bytes}"
+            )
 
     def spec_options(self) -> dict[str, Any]:
         """Of the loss, beside its type: they have TRL's names. WPO's weights the trainer makes itself, like TRL's."""

@@ -1,4 +1,4 @@
-"""The trainer's two models: what they must be, and the reference that is the policy without its adapter."""
+"""The trainer's two models: what they must be, the loss inside the policy, and the reference without its adapter."""
 
 from __future__ import annotations
 
@@ -6,11 +6,16 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from accelerate.utils import is_peft_model
+from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from grpo_kernels.groups.weights import GroupWeights
 from grpo_kernels.integrations import transformers as hf
 from grpo_kernels.integrations.trl.config import GroupRobustDPOConfig
+from grpo_kernels.losses import GroupRobustLoss, LinearGroupRobustLoss
+from grpo_kernels.types import IGNORE_INDEX, GroupRobustOutput, PairOptions, TokenMetrics
 
 
 def name_of(model: Any) -> str:
@@ -90,3 +95,83 @@ def without_adapter(model: Any) -> Iterator[None]:
         yield
     finally:
         model.set_adapter(active)
+
+
+def loss_for(
+    head: hf.Head | None, group_weights: GroupWeights, args: GroupRobustDPOConfig
+) -> GroupRobustLoss | LinearGroupRobustLoss:
+    """The loss of the policy's path; see `hf.LossOfPairs`."""
+    options: dict[str, Any] = {
+        "beta": args.beta,
+        "loss_type": args.loss_type,
+        "label_smoothing": args.label_smoothing,
+        "shift_labels": True,
+        "backend": args.backend,
+        **args.spec_options(),
+    }
+    if head is None:
+        args.check_logits_path()
+        return GroupRobustLoss(group_weights, inplace_backward=True, **options)
+    of_head: dict[str, Any] = {"logit_scale": head.scale, "softcap": head.softcap}
+    of_head |= {"plan": args.linear_plan, "max_extra_bytes": args.linear_bytes}
+    return LinearGroupRobustLoss(group_weights, **of_head, **options)
+
+
+def answer_lengths(labels: Tensor) -> Tensor:
+    """(2B,) tokens as TRL counts them: an answer's first also where it is the sequence's, which nothing predicts."""
+    return (labels != IGNORE_INDEX).sum(1).clamp(min=1)
+
+
+def counted(labels: Tensor) -> Tensor:
+    """(2B, T), 1 at the answers' tokens that something predicts: not at a sequence's first."""
+    return torch.cat([torch.zeros_like(labels[:, :1]), (labels[:, 1:] != IGNORE_INDEX).to(labels.dtype)], dim=1)
+
+
+def ld_weights(labels: Tensor, ld_alpha: float) -> Tensor:
+    """(2B, T): 1 up to the length of a pair's shorter answer, then ``ld_alpha`` (LD-DPO)."""
+    of_answers = counted(labels)
+    shared = of_answers.sum(1).view(2, -1).amin(0).repeat(2).unsqueeze(1)
+    return torch.where(of_answers.cumsum(1) <= shared, 1.0, ld_alpha)
+
+
+class PairsOfTrl(hf.LossOfPairs):
+    """With what TRL weighs: tokens by the answers' lengths, as it counts them, and pairs by their likelihood (WPO)."""
+
+    def __init__(self, args: GroupRobustDPOConfig, *of_batch: Any, **options: Any) -> None:
+        super().__init__(*of_batch, **options)
+        self.averages, self.ld_alpha, self.is_wpo = bool(args.average_log_prob), args.ld_alpha, args.use_weighting
+        self.with_metrics = args.use_weighting or args.log_token_metrics
+
+    def options_for(self, labels: Tensor) -> PairOptions:
+        options, lengths, weights = self.options.copy(), answer_lengths(labels), None
+        if self.loss_fn.spec.uses_counts:
+            options["token_counts"] = lengths
+        if self.ld_alpha is not None:
+            weights = ld_weights(labels, self.ld_alpha)
+        if self.averages:
+            each = (1 / lengths.double()).unsqueeze(1)
+            weights = each.expand(labels.shape) if weights is None else weights * each
+        if weights is not None:
+            options["token_weights"] = weights
+        return options
+
+    def of(self, rows: Any, labels: Tensor) -> tuple[GroupRobustOutput, TokenMetrics | None]:
+        """With metrics, which WPO's weights are made of, the log-probabilities come before the loss."""
+        if not self.with_metrics:
+            return super().of(rows, labels)
+        self.check(rows)
+        loss_fn, options = self.loss_fn, dict[str, Any](self.options_for(labels))
+        of_rows = {"token_weights": options.pop("token_weights", None), "shift_labels": True}
+        budget: Any = getattr(loss_fn, "budget", None)
+        of_linear = {} if budget is None else {"plan": budget.plan, "max_extra_bytes": budget.max_extra_bytes}
+        logps, metrics = hf.logps_of(rows, labels, True, of_linear, backend=loss_fn.backend, **of_rows)
+        if self.is_wpo:
+            sums = logps.detach() * answer_lengths(labels) if self.averages else logps.detach()
+            options["weights"] = options.get("weights", 1.0) * _wpo_weights(sums, metrics, labels)
+        return loss_fn.from_logps(logps, self.group_ids, self.ref_logps, **options), metrics
+
+
+def _wpo_weights(logps: Tensor, metrics: TokenMetrics, labels: Tensor) -> Tensor:
+    """(B,): the likelihood a token of both answers over that of what the policy draws itself (WPO, as TRL has it)."""
+    aligned = logps - metrics.log_sum_sq_probs.sum(1)
+    return (aligned / counted(labels).sum(1).clamp(min=1)).view(2, -1).sum(0).exp()

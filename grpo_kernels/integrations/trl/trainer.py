@@ -24,8 +24,7 @@ from grpo_kernels.integrations.trl import models
 from grpo_kernels.integrations.trl.config import GroupRobustDPOConfig
 from grpo_kernels.integrations.trl.data import GROUP_IDS, GroupCollator, GroupColumn
 from grpo_kernels.integrations.trl.metrics import BatchMetrics, GroupTotals
-from grpo_kernels.losses import GroupRobustLoss
-from grpo_kernels.types import IGNORE_INDEX, GroupRobustOutput, TokenMetrics
+from grpo_kernels.types import IGNORE_INDEX, TokenMetrics
 
 STATE_FILE = "group_weights.pt"
 
@@ -97,13 +96,6 @@ class GroupRobustDPOTrainer(DPOTrainer):
             group_sizes=self._group_sizes(), **args.group_weights_options(self.group_names)
         )
         self.group_weights.to(self.accelerator.device)
-        self.loss_fn = GroupRobustLoss(
-            self.group_weights,
-            beta=args.beta,
-            loss_type=args.loss_type,
-            label_smoothing=args.label_smoothing,
-            **args.spec_options(),
-        )
         gathers = {"train": None, "eval": self.accelerator.gather_for_metrics}
         self._totals = {
             mode: GroupTotals(len(self.group_names), self.accelerator.device, gather)
@@ -113,6 +105,7 @@ class GroupRobustDPOTrainer(DPOTrainer):
         self._said: set[str] = set()  # beginnings of the diagnosis' warnings
         self._plain_loss: Tensor | None = None
         self._add_sequence_logps()
+        self.loss_fn = models.loss_for(self._head, self.group_weights, args)
         if args.group_update == "lagged":
             self.add_callback(_StepWithOptimizer(self.group_weights))
 
@@ -183,36 +176,20 @@ class GroupRobustDPOTrainer(DPOTrainer):
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """The group-robust loss of a batch, for its backward; what is logged as ``loss`` is `training_step`'s."""
-        logps, metrics, aux_loss = self._policy_logps(model, inputs)
         if "ref_chosen_logps" in inputs:
-            ref_logps = torch.cat([inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]]).to(logps.dtype)
+            ref_logps = torch.cat([inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]])
         else:
             ref_logps = self._reference_logps(self.model if self.ref_model is None else self.ref_model, inputs)
-        # TRL counts a completion's first token also where it is the sequence's first, which nothing predicts.
-        counts = inputs["completion_mask"].sum(1).clamp(min=1)
-        numbers = {role: inputs[role] for role in self._pair_columns}
-        if self.args.use_weighting:
-            assert metrics is not None
-            numbers["weights"] = numbers.get("weights", 1.0) * _wpo_weights(logps.detach(), metrics, inputs)
-        lengths: Any = counts if self.args.average_log_prob else 1
         total_pairs = num_items_in_batch if model.training else None
-        spec = self.loss_fn.spec
-        out = self.loss_fn.from_logps(
-            logps / lengths,
-            inputs[GROUP_IDS],
-            ref_logps / lengths if spec.uses_reference else None,
-            token_counts=counts if spec.uses_counts else None,
-            total_pairs=total_pairs,
-            **numbers,
-        )
-        self._take_metrics(out, inputs, logps.detach(), ref_logps, aux_loss, metrics)
-        losses = out.pair_losses.detach()
+        found = self._loss_in_forward(model, inputs, ref_logps, total_pairs)
+        self._take_metrics(found, inputs, ref_logps)
+        losses = found.output.pair_losses.detach()
         self._plain_loss = losses.mean()
         if total_pairs is not None:  # Trainer adds up micro-batches and averages over ranks
             self._plain_loss = losses.sum() * self.accelerator.num_processes / total_pairs
-        loss = out.loss
-        if aux_loss is not None:
-            loss = loss + self.router_aux_loss_coef * aux_loss / self._micro_batches()
+        loss = found.loss
+        if found.aux_loss is not None:
+            loss = loss + self.router_aux_loss_coef * found.aux_loss / self._micro_batches()
         if not return_outputs:
             return loss
         with torch.no_grad():
@@ -256,33 +233,36 @@ class GroupRobustDPOTrainer(DPOTrainer):
             self.group_weights.trail.load_state_dict(saved["trail"])
         self._num_tokens = saved["num_tokens"]
 
-    # -- log-probabilities -------------------------------------------------------------------------------------
+    # -- the models' forwards -------------------------------------------------------------------------------------
 
-    def _policy_logps(self, model: Any, inputs: dict[str, Any]) -> tuple[Tensor, TokenMetrics | None, Tensor | None]:
-        """(2B,) log-probabilities, and metrics of tokens and the experts' balancing loss where they are asked for."""
-        asked: dict[str, Any] = {}
-        if self.args.log_token_metrics or self.args.use_weighting:
-            asked["return_metrics"] = True
-        if self.aux_loss_enabled:
-            asked["output_router_logits"] = True
-        found = model(**_model_inputs(inputs), **self._of_logps(inputs), **asked)
-        logps, *others = found if asked else (found,)
-        aux_loss = others.pop() if self.aux_loss_enabled else None
-        return logps, others[0] if others else None, aux_loss
+    def _loss_in_forward(
+        self, model: Any, inputs: dict[str, Any], ref_logps: Tensor, total_pairs: Any = None
+    ) -> hf.LossInForward:
+        """The loss of a batch, by the forward of the model as it is wrapped."""
+        lengths: Any = models.answer_lengths(_labels(inputs)) if self.args.average_log_prob else 1
+        pairs = models.PairsOfTrl(
+            self.args,
+            self.loss_fn,
+            inputs[GROUP_IDS],
+            ref_logps / lengths if self.loss_fn.spec.uses_reference else None,
+            total_pairs=total_pairs,
+            **{role: inputs[role] for role in self._pair_columns},
+        )
+        experts = {"output_router_logits": True} if self.aux_loss_enabled else {}
+        found: hf.LossInForward = model(**_model_inputs(inputs), labels=_labels(inputs), loss_of_pairs=pairs, **experts)
+        return found
 
     def _reference_logps(self, model: Any, inputs: dict[str, Any]) -> Tensor:
         context: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
         if self.ref_model is None and is_peft_model(self.model):
             context = models.without_adapter(self.accelerator.unwrap_model(self.model))
+        labels, ld_alpha = _labels(inputs), self.args.ld_alpha
+        weights = None if ld_alpha is None else models.ld_weights(labels, ld_alpha)
+        asked = {"labels": labels, "token_weights": weights, "sequence_logps": True, "sealed": True}
         with torch.no_grad(), context, self.accelerator.autocast():
-            return model(**_model_inputs(inputs), **self._of_logps(inputs))
-
-    def _of_logps(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """What the model's forward takes to make log-probabilities (2B,)."""
-        labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, IGNORE_INDEX)
-        if self.args.ld_alpha is None:
-            return {"labels": labels, "sequence_logps": True}
-        return {"labels": labels, "sequence_logps": True, "token_weights": _ld_weights(inputs, self.args.ld_alpha)}
+            found = model(**_model_inputs(inputs), **asked)
+        logps: Tensor = found.value
+        return logps
 
     def _add_sequence_logps(self) -> None:
         """Once, before models are wrapped for training; TRL precomputes reference log-probs in its __init__."""
@@ -291,11 +271,12 @@ class GroupRobustDPOTrainer(DPOTrainer):
         self._check_setup()
         policy = models.causal_model(self.accelerator.unwrap_model(self.model))
         self._head = self._head_of(policy, "model")
-        hf.add_sequence_logps(policy, self._head, backend=self.args.backend)
+        options: dict[str, Any] = {"backend": self.args.backend, "max_extra_bytes": self.args.linear_bytes}
+        hf.add_sequence_logps(policy, self._head, **options)
         if self.ref_model is not None:
             reference = models.causal_model(self.accelerator.unwrap_model(self.ref_model))
             head = self._head if models.made_alike(policy, reference) else self._head_of(reference, "ref_model")
-            hf.add_sequence_logps(reference, head, backend=self.args.backend)
+            hf.add_sequence_logps(reference, head, **options)
         self._heads_known = True
 
     def _head_of(self, model: Any, which: str) -> hf.Head | None:
@@ -313,26 +294,22 @@ class GroupRobustDPOTrainer(DPOTrainer):
     def _micro_batches(self) -> int:
         return getattr(self, "current_gradient_accumulation_steps", 1) if self.model.training else 1
 
-    def _take_metrics(
-        self,
-        out: GroupRobustOutput,
-        inputs: dict[str, Any],
-        logps: Tensor,
-        ref_logps: Tensor,
-        aux_loss: Tensor | None,
-        metrics: TokenMetrics | None,
-    ) -> None:
+    def _take_metrics(self, found: hf.LossInForward, inputs: dict[str, Any], ref_logps: Tensor) -> None:
         """Add the batch to the sums of each group, on the device; `log` and `evaluation_loop` read them."""
+        out, aux_loss = found.output, found.aux_loss
+        logps = torch.cat([out.chosen_logps, out.rejected_logps]).detach()
+        if self.args.average_log_prob:  # TRL's metrics are of sums, whether the loss averages or not
+            logps = logps * models.answer_lengths(_labels(inputs))
         beta = inputs["beta"].repeat(2) if "beta" in self._pair_columns else self.args.beta
         aux = (0.0, 0.0) if aux_loss is None else (1.0, aux_loss.detach())
         batch = BatchMetrics(
             inputs[GROUP_IDS],
             out.pair_losses.detach(),
-            beta * (logps - ref_logps),  # TRL's: of sums, whether the loss averages or not
+            beta * (logps - ref_logps),
             logps,
             inputs["attention_mask"].sum(1),
             (1 / self._micro_batches(), out.loss.detach(), *aux),
-            _token_sums(metrics, inputs) if metrics is not None and self.args.log_token_metrics else None,
+            _token_sums(found.metrics, inputs) if found.metrics is not None and self.args.log_token_metrics else None,
         )
         self._totals["train" if self.model.training else "eval"].add(batch)
 
@@ -369,6 +346,11 @@ class GroupRobustDPOTrainer(DPOTrainer):
     def _check_setup(self) -> None:
         policy = models.causal_model(self.accelerator.unwrap_model(self.model))
         hf.check_causal(policy)
+        if self.args.n_gpu > 1:  # torch.nn.DataParallel would run the forward of one device on the others
+            raise NotImplementedError(
+                f"GroupRobustDPOTrainer needs one process for each GPU, got {self.args.n_gpu} GPUs in one: start it "
+                "with accelerate launch or torchrun, or show it one by CUDA_VISIBLE_DEVICES"
+            )
         parallel = getattr(self.accelerator, "parallelism_config", None)
         if parallel is not None and max(parallel.tp_size, parallel.cp_size) > 1:
             raise NotImplementedError("GroupRobustDPOTrainer runs data parallel only, not tensor or context parallel")
@@ -397,25 +379,11 @@ def _model_inputs(inputs: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in inputs.items() if name not in others}
 
 
-def _counted(inputs: dict[str, Any]) -> Tensor:
-    """(2B, T), 1 at a completion's tokens that something predicts: not at a sequence's first."""
-    return torch.cat([torch.zeros_like(inputs["completion_mask"][:, :1]), inputs["completion_mask"][:, 1:]], dim=1)
-
-
-def _ld_weights(inputs: dict[str, Any], ld_alpha: float) -> Tensor:
-    """(2B, T): 1 up to the length of a pair's shorter completion, then ``ld_alpha`` (LD-DPO)."""
-    counted = _counted(inputs)
-    shared = counted.sum(1).view(2, -1).amin(0).repeat(2).unsqueeze(1)
-    return torch.where(counted.cumsum(1) <= shared, 1.0, ld_alpha)
-
-
-def _wpo_weights(logps: Tensor, metrics: TokenMetrics, inputs: dict[str, Any]) -> Tensor:
-    """(B,): the likelihood a token of both answers over that of what the policy draws itself (WPO, as TRL has it)."""
-    aligned = logps - metrics.log_sum_sq_probs.sum(1)
-    return (aligned / _counted(inputs).sum(1).clamp(min=1)).view(2, -1).sum(0).exp()
+def _labels(inputs: dict[str, Any]) -> Tensor:
+    return inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, IGNORE_INDEX)
 
 
 def _token_sums(metrics: TokenMetrics, inputs: dict[str, Any]) -> Tensor:
     """(4, 2B), as TOKEN_TOTALS."""
-    found = (_counted(inputs), metrics.entropy, metrics.mean_logits, metrics.is_top1)
+    found = (models.counted(_labels(inputs)), metrics.entropy, metrics.mean_logits, metrics.is_top1)
     return torch.stack([of_tokens.sum(1).double() for of_tokens in found])
