@@ -143,7 +143,9 @@ class HeadProducts(TorchDispatchMode):
             with self:  # the operator's body, past the dispatch that has come here
                 return function.redispatch(torch._C.DispatchKeySet(torch._C.DispatchKey.CPU), *args, **(kwargs or {}))
         if function.overloadpacket in PRODUCTS:
-            self._count(*[x for x in args if isinstance(x, torch.Tensor)][-2:])
+            left, right = [x for x in args if isinstance(x, torch.Tensor)][-2:]
+            if left.dim() == right.dim() == 2:
+                self._count(left, right)
         return function(*args, **(kwargs or {}))
 
     def _count(self, left: torch.Tensor, right: torch.Tensor) -> None:

@@ -346,11 +346,6 @@ class GroupRobustDPOTrainer(DPOTrainer):
     def _check_setup(self) -> None:
         policy = models.causal_model(self.accelerator.unwrap_model(self.model))
         hf.check_causal(policy)
-        if self.args.n_gpu > 1:  # torch.nn.DataParallel would run the forward of one device on the others
-            raise NotImplementedError(
-                f"GroupRobustDPOTrainer needs one process for each GPU, got {self.args.n_gpu} GPUs in one: start it "
-                "with accelerate launch or torchrun, or show it one by CUDA_VISIBLE_DEVICES"
-            )
         parallel = getattr(self.accelerator, "parallelism_config", None)
         if parallel is not None and max(parallel.tp_size, parallel.cp_size) > 1:
             raise NotImplementedError("GroupRobustDPOTrainer runs data parallel only, not tensor or context parallel")
