@@ -18,8 +18,7 @@ def main() -> None:
     model, optimizer = accelerator.prepare(model, torch.optim.AdamW(model.parameters(), lr=1e-2))
     groups = gk.GroupWeights(group_sizes=[600, 350, 50], step_size=0.1, update="lagged").to(accelerator.device)
     accelerator.register_for_checkpointing(groups)  # save_state and load_state take alpha with them
-    # These labels say what each position is to predict; shift_labels=True where they are a copy of the tokens, as
-    # Transformers has them.
+    # These labels say what each position is to predict; shift_labels=True is for a copy of the tokens.
     loss_fn = gk.LinearGroupRobustLoss(groups, beta=0.5, logit_scale=head.scale, softcap=head.softcap)
     for step in range(20):
         for part in range(parts):  # 12 pairs a step, over all parts and ranks
