@@ -14,7 +14,7 @@ READY := $(VENV)/.ready
 DOCS_READY := $(VENV)/.docs-ready
 endif
 
-.PHONY: train demo test test-cpus test-trl test-models lint docs dist bench plots sanitize ptx gpu-check clean
+.PHONY: train demo test test-cpus test-trl test-models test-frameworks lint docs dist bench plots sanitize ptx gpu-check clean
 
 train: $(READY)
 	$(PY) -m grpo_kernels train --compare $(ARGS)
@@ -38,6 +38,20 @@ SOME = $(if $(FEW),$(FLOATS:%=tests/test_%.py) -k "not triton and not simulated"
 test-cpus: $(READY)
 	ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 OMP_NUM_THREADS=1 $(PY) -m pytest $(PARALLEL) $(SOME) $(ARGS)
 	ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 $(PY) -m pytest $(PARALLEL) $(SOME) $(ARGS)
+
+# The examples in Lightning, DeepSpeed and torchtitan, in an environment of their own over the interpreter's packages, whose
+# versions stay. torchtitan asks for older datasets, which the example does without: its requirements are named here.
+FRAMEWORKS := build/frameworks
+FRAMEWORK_PACKAGES := lightning==2.6.6 deepspeed==0.19.8 torchdata==0.11.0 tyro==1.0.17 tensorboard==2.21.0 einops==0.8.2
+TITAN_PACKAGES := torchtitan==0.3.0 spmd_types==0.2.3 torch_checkpointing==0.1.1
+
+test-frameworks: $(READY)
+	$(PY) -m venv $(FRAMEWORKS)
+	$(PY) -c "import sysconfig; print(sysconfig.get_paths()['purelib'])" \
+	  > $$($(FRAMEWORKS)/bin/python -c "import sysconfig; print(sysconfig.get_paths()['purelib'])")/over.pth
+	$(FRAMEWORKS)/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt $(FRAMEWORK_PACKAGES)
+	$(FRAMEWORKS)/bin/python -m pip install -q --disable-pip-version-check --no-deps $(TITAN_PACKAGES)
+	PYTHONPATH=$(CURDIR) $(FRAMEWORKS)/bin/python -m pytest -q -rs tests/test_frameworks.py tests/distributed/test_zero3.py $(ARGS)
 
 lint: $(READY)
 	$(PY) -m ruff check .

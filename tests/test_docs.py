@@ -19,6 +19,7 @@ SHELL = {  # what a page may tell the reader to type, beside README.md's; each i
     "python -m grpo_kernels reproduce",  # test_reproduce.py
     "torchrun --nproc-per-node 2 examples/ddp.py",  # test_examples.py
     "torchrun --nproc-per-node 2 examples/fsdp2.py",
+    "torchrun --nproc-per-node 4 examples/tensor_parallel.py",
 }
 RUN_HERE, RUN_ELSEWHERE = {"first-loop.md", "choosing.md", "losses.md"}, {"extending.md"}  # test_extending.py
 

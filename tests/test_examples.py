@@ -46,11 +46,13 @@ def numbers(output: str) -> list[list[float]]:
 def on_ranks(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, int], list[list[float]]]:
     """The numbers that a script prints on one rank or on two."""
     scripts = ["ddp.py", "fsdp2.py", *(["with_accelerate.py"] if importlib.util.find_spec("accelerate") else [])]
-    jobs = [f"{ROOT / 'examples' / script}:{ranks}" for script in scripts for ranks in (1, 2)]
+    runs = [(script, ranks) for script in scripts for ranks in (1, 2)]
+    runs += [("tensor_parallel.py", ranks) for ranks in (1, 4)]
+    jobs = [f"{ROOT / 'examples' / script}:{ranks}" for script, ranks in runs]
     folder = once(tmp_path_factory, "examples", lambda folder: output_of(str(FORKED), str(folder), *jobs))
 
-    def printed(script: str, ranks: int) -> list[list[float]]:
-        return numbers((folder / f"{script}-{ranks}-0").read_text())
+    def printed(script: str, ranks: int, rank: int = 0) -> list[list[float]]:
+        return numbers((folder / f"{script}-{ranks}-{rank}").read_text())
 
     return printed
 
@@ -65,6 +67,15 @@ def test_both_scripts_on_one_rank_and_on_two_are_the_same_method(on_ranks: Calla
     for other in (("ddp.py", 2), ("fsdp2.py", 1), ("fsdp2.py", 2)):
         for line, same in zip(first, on_ranks(*other), strict=True):
             assert same == pytest.approx(line, abs=PRINTED)
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="this PyTorch has no torch.distributed")
+def test_stages_of_tensor_parallel_ranks_are_one_process(on_ranks: Callable) -> None:
+    one = on_ranks("tensor_parallel.py", 1)
+    assert [line[0] for line in one] == [5, 10, 15, 20]
+    assert one[-1][1] < 0.9 * one[0][1], "it learns"
+    for line, same in zip(one, on_ranks("tensor_parallel.py", 4, 2), strict=True):  # the last stage's first rank
+        assert same == pytest.approx(line, abs=PRINTED)
 
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="this PyTorch has no torch.distributed")

@@ -23,6 +23,7 @@ if not torch.distributed.is_available():
 
 import edge_cases  # noqa: E402, F401  (adds its cases)
 import group_cases  # noqa: E402, F401
+import saved_cases  # noqa: E402, F401
 import sharded_cases  # noqa: E402, F401
 from cases import CASES  # noqa: E402
 

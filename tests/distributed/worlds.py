@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import edge_cases  # noqa: F401  (adds its cases)
 import group_cases  # noqa: F401
 import quick_interpreter
+import saved_cases  # noqa: F401
 import sharded_cases  # noqa: F401
 import torch
 import torch.distributed as dist
