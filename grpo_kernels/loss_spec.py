@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -123,6 +123,21 @@ class LossSpec:
         """Whether kernels that fuse the whole loss know it."""
         plain = not self.use_weighting and self.f_divergence_type == "reverse_kl" and self.loss_weights == (1.0,)
         return plain and self.entries[0].fused
+
+    def preferences(self) -> LossSpec:
+        """Without the losses that compare nothing.
+
+        Raises:
+            ValueError: there is none, or nothing else.
+        """
+        kept = [i for i, entry in enumerate(self.entries) if entry.is_preference]
+        if len(kept) in (0, len(self.entries)):
+            raise ValueError(
+                "alpha_follows='preference' has a meaning where loss_type lists 'sft' beside a loss of preferences, "
+                f"got {list(self.loss_types)}"
+            )
+        names, weights = tuple(self.loss_types[i] for i in kept), tuple(self.loss_weights[i] for i in kept)
+        return replace(self, loss_types=names, loss_weights=weights)
 
     def check_label_smoothing(self, e: Any, num_pairs: int | None = None, device: torch.device | None = None) -> None:
         """A number in [0, 1/2), or (B,): what a tensor holds is checked on a CPU, elsewhere in debug mode."""

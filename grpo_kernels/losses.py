@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Self, Unpack
 
 import torch
@@ -33,6 +34,7 @@ from grpo_kernels.kernels.autograd import FusedGroupRobustLoss
 from grpo_kernels.kernels.linear_plan import Budget
 from grpo_kernels.loss_spec import LossSpec
 from grpo_kernels.types import (
+    ALPHA_FOLLOWS,
     IGNORE_INDEX,
     LAYOUTS,
     GroupRobustOutput,
@@ -65,6 +67,7 @@ class _GroupRobustLossBase(nn.Module):
         vocab_shard: VocabShard | None = None,
         context_group: ProcessGroup | None = None,
         layout: str = "chosen_first",
+        alpha_follows: str = "loss",
         backend: str = "auto",
         **options: Unpack[SpecOptions],
     ) -> None:
@@ -80,6 +83,12 @@ class _GroupRobustLossBase(nn.Module):
         if average_log_prob and self.spec.uses_counts:
             raise ValueError(
                 f"average_log_prob must be False for loss_type={loss_type!r}, which takes its means itself"
+            )
+        validation.check_choice("alpha_follows", alpha_follows, ALPHA_FOLLOWS)
+        self.spec_of_alpha = self.spec.preferences() if alpha_follows == "preference" else None
+        if self.spec_of_alpha and group_weights.inner_tilt:
+            raise ValueError(
+                "alpha_follows must be 'loss' with inner_tilt, which weighs pairs by the loss that they have"
             )
         self.group_weights = group_weights
         self._said_eval = False
@@ -187,14 +196,25 @@ class _GroupRobustLossBase(nn.Module):
     def _of_pairs(self, policy_logps: Tensor, pairs: Pairs, total_pairs: int | Tensor | None) -> GroupRobustOutput:
         assert pairs.group_ids is not None
         losses, logps = losses_of_pairs(policy_logps, pairs), policy_logps.detach()
-        output = self._of_losses(losses, pairs.group_ids, logps, total_pairs)
+        of_alpha = None
+        if self.spec_of_alpha:
+            of_alpha = losses_of_pairs(logps, replace(pairs, spec=self.spec_of_alpha))
+        output = self._of_losses(losses, pairs.group_ids, logps, total_pairs, of_alpha)
         ratios = logps if pairs.ref_logps is None else logps - pairs.ref_logps
         return self._with_logps(output, pairs.by_pair(policy_logps), pairs.beta * pairs.by_pair(ratios))
 
     def _of_losses(
-        self, losses: Tensor, group_ids: Tensor, of_batch: Tensor, total_pairs: int | Tensor | None
+        self,
+        losses: Tensor,
+        group_ids: Tensor,
+        of_batch: Tensor,
+        total_pairs: int | Tensor | None,
+        of_alpha: Tensor | None = None,
     ) -> GroupRobustOutput:
-        """Group losses, alpha and the loss, without logps. ``of_batch``: (2B,) detached, that tell it from others."""
+        """Group losses, alpha and the loss, without logps. ``of_batch``: (2B,) detached, that tell it from others.
+
+        ``of_alpha``: (B,) detached, what moves alpha in place of the losses.
+        """
         groups = self.group_weights
         # An id outside [0, K) indexes nothing: its pair's loss becomes NaN, and with it the batch's.
         members, known = Memberships.of(group_ids, groups.num_groups)
@@ -207,6 +227,7 @@ class _GroupRobustLossBase(nn.Module):
             training=self.training,
             context_size=self._context_size(),
             total_pairs=total_pairs,
+            sums_of_alpha=None if of_alpha is None else members.sums(of_alpha.masked_fill(~known, torch.nan)),
         )
         group_losses = groups.group_losses(sums, counts, total_pairs)
         loss = (groups.loss_weights() * group_losses).sum().to(losses.dtype)
@@ -307,6 +328,8 @@ class GroupRobustLoss(_GroupRobustLossBase):
         vocab_shard, context_group: where the vocabulary or the positions are sharded over ranks; see `sequence_logps`.
         layout: of the 2B sequences: "chosen_first" (the default), pair i is sequences i and B + i, or "interleaved",
             pair i is sequences 2i and 2i + 1 (NeMo-RL). The kernels that fuse the whole loss know the first only.
+        alpha_follows: what moves alpha where ``loss_type`` lists "sft" beside other losses: "loss", the whole weighted
+            sum (the default), or "preference", the sum without it. The gradient is that of the whole either way.
         backend: "auto" or a name from `grpo_kernels.backends`.
 
     Example:
@@ -465,7 +488,9 @@ class LinearGroupRobustLoss(_GroupRobustLossBase):
         hidden, head, rows = rows_of_hidden(hidden, head, labels, row_options)
         pairs = self._pairs_of(rows, group_ids, ref_logps, given)
         assert pairs.group_ids is not None
-        forecast = forecast_of(self.group_weights, pairs.group_ids, self.training)
+        # A sweep knows the losses that pairs have, and with "preference" alpha is moved by others.
+        is_known = not self.spec_of_alpha or self.group_weights.update_mode == "lagged"
+        forecast = forecast_of(self.group_weights, pairs.group_ids, self.training) if is_known else None
         entry = backend_of("hidden", hidden, self.backend)
         logps = linear_logps(hidden, head, rows, self.budget, entry, pairs, forecast)
         return self._of_pairs(logps, pairs, total_pairs)

@@ -60,6 +60,8 @@ class PairLoss:
     """Whether a sum's loss has a term of the mean, too."""
     moves_alpha: str = "the pairs that are least separated"
     """Which pairs' groups gain weight."""
+    is_preference: bool = True
+    """Whether it compares: alpha_follows="preference" leaves out what does not."""
 
     @property
     def uses_reference(self) -> bool:
@@ -365,6 +367,7 @@ PAIR_LOSSES: dict[str, PairLoss] = {
         score="mean logp",
         of_margin=False,
         moves_alpha="pairs whose chosen answer is unlikely a token: long and rare text weighs groups, too",
+        is_preference=False,
     ),
     "orpo": PairLoss(
         _orpo,

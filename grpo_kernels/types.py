@@ -16,6 +16,7 @@ ESTIMATORS = ("importance", "group_mean")
 UPDATE_MODES = ("inline", "lagged")
 PRIORS = ("uniform", "sizes")
 LAYOUTS = ("chosen_first", "interleaved")
+ALPHA_FOLLOWS = ("loss", "preference")
 
 IGNORE_INDEX = -100
 """Label of a position that does not count (prompt, padding): PyTorch's own convention."""
@@ -94,6 +95,7 @@ class LossOptions(SpecOptions, total=False):
     vocab_shard: VocabShard | None
     context_group: ProcessGroup | None
     layout: str
+    alpha_follows: str
     backend: str
 
 

@@ -243,6 +243,44 @@ def test_groups_on_hidden_states(name: str, plan: str, monkeypatch: pytest.Monke
             torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-11)
 
 
+@pytest.mark.parametrize("update", ["inline", "lagged"])
+def test_alpha_follows_the_preferences(update: str) -> None:
+    """exp(eta L) of the preferences; loss and gradient are those of the sum at that alpha. Both paths, three steps."""
+    inputs, labels, ref = test_linear_pairs.batch(torch.float64)
+    ids, options = test_linear_pairs.ids(), MIXTURES["mpo"] | {"beta": BETA}
+    log_alpha = torch.full((3,), 1 / 3, dtype=torch.float64).log()
+    of_logits, of_hidden = (
+        make(
+            gk.GroupWeights(num_groups=3, estimator="group_mean", step_size=0.9, update=update),
+            alpha_follows="preference",
+            **options,
+        )
+        for make in (gk.GroupRobustLoss, gk.LinearGroupRobustLoss)
+    )
+    for _ in range(3):
+        of_labels = F.linear(*inputs).log_softmax(-1).gather(-1, labels.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+        logps, counts = of_labels.masked_fill(labels == -100, 0).sum(-1), (labels != -100).sum(-1)
+        weights_of = {True: [0.8, 0.2, 0.0], False: options["loss_weights"]}
+        preference, whole = (
+            textbook(logps, ref, counts, options | {"loss_weights": weights_of[alone]}, 0.0) for alone in (True, False)
+        )
+        before = log_alpha
+        moved = before + 0.9 * torch.stack([preference[ids == g].mean() for g in range(3)]).detach()
+        log_alpha = moved - moved.logsumexp(0)
+        alpha = (log_alpha if update == "inline" else before).exp()
+        exact = (alpha * torch.stack([whole[ids == g].mean() for g in range(3)])).sum()
+        expected = torch.autograd.grad(exact, inputs)
+        for loss_fn, arguments in ((of_logits, (F.linear(*inputs),)), (of_hidden, inputs[:2])):
+            bias = {"bias": inputs[2]} if loss_fn is of_hidden else {}
+            out = loss_fn(*arguments, labels, ids, ref, **bias)
+            torch.testing.assert_close(out.loss, exact)
+            for got, want in zip(torch.autograd.grad(out.loss, inputs), expected, strict=True):
+                torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-12)
+            if update == "lagged":
+                loss_fn.group_weights.step()
+            torch.testing.assert_close(loss_fn.group_weights.log_alpha, log_alpha)
+
+
 def test_what_is_refused() -> None:
     logps, ref, counts = sequences(2)
     weights = gk.GroupWeights(group_sizes=[2], step_size=0.1)
@@ -289,3 +327,9 @@ def test_what_is_refused() -> None:
         gk.GroupRobustLoss(weights, loss_type="sft", average_log_prob=True)
     with pytest.raises(TypeError, match="'loss_weight' is no option here"):
         gk.GroupRobustLoss(weights, loss_weight=[1.0])
+    tilted = gk.GroupWeights(num_groups=2, estimator="group_mean", inner_tilt=1.0)
+    with pytest.raises(ValueError, match="alpha_follows must be 'loss' with inner_tilt"):
+        gk.GroupRobustLoss(tilted, loss_type=["sigmoid", "sft"], alpha_follows="preference")
+    for names in ("sigmoid", ["sft"], ["sigmoid", "hinge"]):
+        with pytest.raises(ValueError, match="has a meaning where loss_type lists 'sft' beside"):
+            gk.GroupRobustLoss(gk.GroupWeights(num_groups=2), loss_type=names, alpha_follows="preference")

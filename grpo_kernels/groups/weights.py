@@ -197,6 +197,7 @@ class GroupWeights(AlphaUpdates):
         training: bool = True,
         context_size: int = 1,
         total_pairs: Any = None,
+        sums_of_alpha: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """What a forward of the loss does with the statistics of the rank's batch (K,): sum them over the ranks and
         move alpha, or keep them for `step`, or nothing.
@@ -205,7 +206,7 @@ class GroupWeights(AlphaUpdates):
             sums (differentiable) and counts that the loss is made of. Their value is the whole batch's, the same on
             every rank; with ``total_pairs`` it is the rank's own. The gradient goes to the rank's own pairs, scaled for
             the engine's reduction over ``context_size`` times as many ranks. ``logps`` (2B,) tell one batch from
-            another; ``training`` is the loss's own mode.
+            another; ``training`` is the loss's own mode; ``sums_of_alpha`` (K,) move alpha in place of the losses'.
         """
         update = self.update_of_forward(training)
         self.check_ranks(update)
@@ -215,14 +216,18 @@ class GroupWeights(AlphaUpdates):
         scale = 1.0 if update == "none" else self.gradient_scale
         if context_size > 1 and update != "none" and self._averages():
             scale *= context_size
-        batch_sums, batch_counts = own_sums, group_counts
+        batch_sums, batch_counts, moving_sums = own_sums, group_counts, own_sums
+        if sums_of_alpha is not None:  # a loss that is not finite skips the step, whatever moves alpha
+            moving_sums = as_the_forward_finds_it(torch.where(own_sums.isfinite(), sums_of_alpha, torch.nan))
         if several_ranks and total_pairs is None:
+            of_rank = moving_sums
             batch_sums, batch_counts = self._sum_over_ranks(own_sums, group_counts)
+            moving_sums = batch_sums if sums_of_alpha is None else self._sum_over_ranks(of_rank, group_counts)[0]
             self.count_shared(update)
         if update == "lagged":
-            self.accumulate(batch_sums, batch_counts, sum_over_ranks=total_pairs is not None)
+            self.accumulate(moving_sums, batch_counts, sum_over_ranks=total_pairs is not None)
         elif update == "inline":
-            self._update(batch_sums, batch_counts)
+            self._update(moving_sums, batch_counts)
         self.after_forward(update, logps, total_pairs)
         if several_ranks or scale != 1:
             group_loss_sums = batch_sums + scale * (group_loss_sums - own_sums)

@@ -439,7 +439,7 @@ def linear_loss_over_ranks() -> None:
 
 
 @case_of_two_ranks
-def a_mixture_over_ranks() -> None:
+def a_mixture_over_ranks(follows: str = "loss") -> None:
     """Of two slopes, and of means whose counts are each rank's own: both paths, two steps."""
     rank, world = rank_and_world()
     group = alone()
@@ -447,7 +447,7 @@ def a_mixture_over_ranks() -> None:
     torch.manual_seed(1)
     hidden = torch.randn(2, 7, 4, 6, dtype=torch.float64)
     weight = torch.randn(11, 6, dtype=torch.float64).requires_grad_()
-    options = {"loss_type": ["apo_zero", "sft"], "loss_weights": [1.0, 0.5]}
+    options = {"loss_type": ["apo_zero", "sft"], "loss_weights": [1.0, 0.5], "alpha_follows": follows}
     whole = gk.GroupRobustLoss(weights(group), backend="reference", **options)
     logits = hidden.flatten(0, 1) @ weight.t()
     exact = [whole(logits, *part(batch, slice(None))[1:]) for _ in range(2)][-1]
@@ -463,3 +463,8 @@ def a_mixture_over_ranks() -> None:
             torch.testing.assert_close(out.loss, exact.loss, **EXACT)
             torch.testing.assert_close(out.alpha, exact.alpha, **EXACT)
             torch.testing.assert_close(mean_over_ranks(grad), expected, **EXACT)
+
+
+@case_of_two_ranks
+def a_mixture_whose_preferences_move_alpha() -> None:
+    a_mixture_over_ranks("preference")

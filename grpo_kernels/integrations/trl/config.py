@@ -133,6 +133,13 @@ class GroupRobustDPOConfig(DPOConfig):
         default=None,
         metadata={"help": "Column with each pair's soft label in [0, 1]: 1 - the probability that chosen is better."},
     )
+    alpha_follows: str = field(
+        default="loss",
+        metadata={
+            "help": "What moves alpha where loss_type lists 'sft' beside other losses: 'loss', the whole weighted sum, "
+            "or 'preference', the sum without it."
+        },
+    )
     average_log_prob: bool | None = field(
         default=None, metadata={"help": "Average log-probabilities over tokens. By default for 'ipo' only, like TRL."}
     )
