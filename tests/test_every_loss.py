@@ -327,9 +327,11 @@ def test_what_is_refused() -> None:
         gk.GroupRobustLoss(weights, loss_type="sft", average_log_prob=True)
     with pytest.raises(TypeError, match="'loss_weight' is no option here"):
         gk.GroupRobustLoss(weights, loss_weight=[1.0])
-    tilted = gk.GroupWeights(num_groups=2, estimator="group_mean", inner_tilt=1.0)
+    tilted = gk.GroupWeights(num_groups=2, estimator="group_mean", step_size=0.1, inner_tilt=1.0)
     with pytest.raises(ValueError, match="alpha_follows must be 'loss' with inner_tilt"):
         gk.GroupRobustLoss(tilted, loss_type=["sigmoid", "sft"], alpha_follows="preference")
     for names in ("sigmoid", ["sft"], ["sigmoid", "hinge"]):
         with pytest.raises(ValueError, match="has a meaning where loss_type lists 'sft' beside"):
-            gk.GroupRobustLoss(gk.GroupWeights(num_groups=2), loss_type=names, alpha_follows="preference")
+            gk.GroupRobustLoss(
+                gk.GroupWeights(group_sizes=[1, 1], step_size=0.1), loss_type=names, alpha_follows="preference"
+            )

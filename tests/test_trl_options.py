@@ -7,6 +7,7 @@ import dataclasses
 import inspect
 import os
 import textwrap
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,7 +19,8 @@ import transformers
 from trl import DPOConfig, DPOTrainer
 from trl_cases import first_batch, logged, model_of, options_of, pairs, trainer, trl_trainer
 
-from grpo_kernels.integrations.trl import GroupRobustDPOConfig, GroupRobustDPOTrainer
+from grpo_kernels import GroupWeights
+from grpo_kernels.integrations.trl import GroupRobustDPOConfig, GroupRobustDPOTrainer, models
 from grpo_kernels.integrations.trl.config import REFUSED
 
 # Read by what this trainer replaces of TRL's; tests below and in test_trl.py run them.
@@ -175,3 +177,9 @@ def test_honoured_as_by_trl(kind: str) -> None:
     assert len(set(ours)) == 3
     if kind == "padding":
         assert first_batch(of)["input_ids"].shape[1] % 16 == 0
+
+
+def test_alpha_follows_the_preferences_of_a_list(tmp_path: Path) -> None:
+    args = GroupRobustDPOConfig(str(tmp_path), loss_type=["sigmoid", "sft"], alpha_follows="preference", bf16=False)
+    groups = GroupWeights(group_sizes=[3, 1], step_size=0.1)
+    assert models.loss_for(None, groups, args).spec_of_alpha.loss_types == ("sigmoid",)

@@ -107,7 +107,7 @@ def loss_for(
         "label_smoothing": args.label_smoothing,
         "shift_labels": True,
         "backend": args.backend,
-        alpha_follows=args.alpha_follows,
+        "alpha_follows": args.alpha_follows,
         **args.spec_options(),
     }
     if head is None:
