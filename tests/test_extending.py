@@ -15,6 +15,7 @@ import truth
 from conftest import batch
 
 import grpo_kernels as gk
+from grpo_kernels.groups.rules import ALPHA_RULES
 from grpo_kernels.kernels import dispatch
 from grpo_kernels.pair_losses import PAIR_LOSSES
 
@@ -29,6 +30,7 @@ def extended(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any
         patch.syspath_prepend(folder)
         patch.setattr(dispatch, "BACKENDS", list(dispatch.BACKENDS))
         patch.setitem(PAIR_LOSSES, "exponential", None)
+        patch.setitem(ALPHA_RULES, "linear", ALPHA_RULES["power"])  # all of its entries are read
         for block in BLOCKS:
             if file := re.match(r"# (\w+\.py)\n", block):
                 (folder / file[1]).write_text(block)
@@ -93,3 +95,14 @@ def test_the_backend_in_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
     test_linear_pairs.sweep_is_exact("row_by_row", torch.float64, test_linear_pairs.group_weights)
     request = dispatch.Request("logits", (), torch.float32, torch.device("cpu"))
     assert dispatch.select("auto", request).name != "row_by_row"
+
+
+def test_the_rule_moves_alpha_and_is_saved(extended: dict[str, Any]) -> None:
+    by_rule, other = extended["by_rule"], gk.GroupWeights(group_sizes=[30, 10], rule="linear", slope=1.0, loss_ema=0.9)
+    by_rule.update(torch.tensor([3.0, 2.0]), torch.tensor([3, 1]))  # L = (1, 2)
+    torch.testing.assert_close(by_rule.alpha, torch.tensor([3 / 8, 5 / 8], dtype=torch.float64))
+    with pytest.warns(RuntimeWarning, match="slope=2, here 1"):
+        other.load_state_dict(by_rule.state_dict())
+    assert torch.equal(other.alpha, by_rule.alpha)
+    with pytest.raises(ValueError, match=r"slope must be finite and in \[0"):
+        gk.GroupWeights(2, estimator="group_mean", rule="linear", slope=-1.0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,9 @@ import torch
 from once import once
 
 from grpo_kernels.__main__ import main
-from grpo_kernels.paper import claims
+from grpo_kernels.paper import claims, robustness
 from grpo_kernels.paper import command as reproduce
-from grpo_kernels.paper.bandit import FEATURES, SCENARIOS
+from grpo_kernels.paper.bandit import FEATURES, REWARD_THETA, SCENARIOS
 from grpo_kernels.paper.batched import METHODS, Method, one_thread
 from grpo_kernels.paper.report import wins
 
@@ -144,7 +145,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     for text in ("GR-DPO", "IS-IPO", "swapped", "flipped", "wins", "holds", "does not hold", "slope"):
         assert text in shown
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
-        "results.json", "curves.png", "methods.png", "chi.png", "gap.png",
+        "results.json", "curves.png", "methods.png", "chi.png", "gap.png", "options.json", "options.md",
     }  # fmt: skip
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     cells = {(r["scenario"], r["features"], r["method"]) for r in results["comparison"]}
@@ -158,6 +159,56 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert len(results["chi"]) == 2 * len(reproduce.CHIS)
     assert main(["reproduce", "--seeds", "0"]) == 2
     assert "seeds must be finite and in" in capsys.readouterr().err
+
+
+def test_the_page_on_options_is_the_record(tmp_path: Path) -> None:
+    """docs/choosing.md's tables are made of docs/options.json, and that is what the code computes."""
+    record = json.loads((ROOT / "docs" / "options.json").read_text())
+    block = re.search(r"<!-- options -->\n(.*)\n<!-- /options -->", (ROOT / "docs" / "choosing.md").read_text(), re.S)
+    assert block is not None
+    assert block[1] == robustness.document(record)
+    assert {len(r["worst"]) for r in record} == {SEEDS}
+    for again in robustness.records(1, 10_000, ["noisy"]):
+        for measure in ("worst", "group_1", "reward_error"):
+            recorded = robustness.of(record, "noisy", again["option"], measure)[0]
+            # The last iterate of a weight that jumps (cvar) is rounding's choice of two neighbours.
+            assert again[measure][0] == pytest.approx(recorded, abs=0.01), (again["option"], measure)
+
+
+def test_options_by_kind_of_data_notice_what_does_not_hold() -> None:
+    """By hand: GR lower than IS by 0.1 in each seed of (ii), and not in (iii)."""
+    names = [option.name for option in robustness.OPTIONS]
+    record = [
+        {"scenario": scenario, "option": name, **{m: [0.5, 0.7, 0.6] for m in ("worst", "group_1", "reward_error")}}
+        for scenario in robustness.ALL_SCENARIOS
+        for name in names
+    ]
+    robust = next(r for r in record if (r["scenario"], r["option"]) == ("ii", "GR"))
+    robust["worst"] = [0.4, 0.6, 0.5]
+    assert robustness.lead(record, "ii", "GR", "IS") == (pytest.approx(0.1), pytest.approx(0, abs=1e-9), 3)
+    assert robustness.is_lower(record, "ii", "GR", "IS")
+    assert not robustness.is_lower(record, "iii", "GR", "IS")
+    assert not robustness.check(record)[0].holds
+    lines = robustness.decisions(record).splitlines()
+    assert "| GR | none | lower by 0.100 ± 0.000, in 3 of 3 seeds | +0.000 ± 0.000 |" in lines[3]
+    assert "nothing helps" in lines[2]
+    for scenario in ("ii", "iii"):
+        next(r for r in record if (r["scenario"], r["option"]) == (scenario, "GR"))["worst"] = [0.4, 0.6, 0.5]
+    assert robustness.check(record)[0].holds
+
+
+def test_our_kinds_of_data() -> None:
+    """The labels of group 0 are flipped, of the share that it says; held-out ones of the hard group only."""
+    for scenario, share in robustness.FLIPPED.items():
+        bandit = robustness.draw(scenario, 0)
+        for pairs, flipped in ((bandit.train, share), (bandit.validation, share if scenario == "hard" else 0.0)):
+            best = torch.stack([pairs.differences @ theta for theta in REWARD_THETA])
+            wrong = torch.where(pairs.group_ids == 0, best[0], best[1]) < 0
+            group_0 = wrong[pairs.group_ids == 0].double()
+            assert not wrong[pairs.group_ids == 1].any()
+            assert group_0.mean().item() == pytest.approx(
+                flipped, abs=4 * math.sqrt(0.25 / len(group_0)) * (flipped > 0)
+            )
 
 
 def test_one_seed_has_no_spread() -> None:

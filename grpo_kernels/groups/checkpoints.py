@@ -14,7 +14,7 @@ from grpo_kernels.types import ESTIMATORS, PRIORS, UPDATE_MODES
 
 GroupWeights = Any  # of groups/weights.py, which stands above this module
 
-_CHOICES = {"rule": tuple(ALPHA_RULES), "estimator": ESTIMATORS, "update_mode": UPDATE_MODES, "prior": PRIORS}
+_CHOICES = {"rule": ALPHA_RULES, "estimator": ESTIMATORS, "update_mode": UPDATE_MODES, "prior": PRIORS}
 _BASELINES = ("none", "given", "running")
 # What is gathered for an option, and saved where it is used.
 _OF_OPTIONS = {
@@ -28,7 +28,7 @@ _NUMBERS = ("rule_parameter", "loss_ema", "floor", "chi", "adjustment")
 
 def settings_of(weights: GroupWeights) -> Tensor:
     """The options that alpha's course depends on, as numbers that any kind of checkpoint can hold."""
-    chosen = [options.index(getattr(weights, name)) for name, options in _CHOICES.items()]
+    chosen = [list(options).index(getattr(weights, name)) for name, options in _CHOICES.items()]
     numbers = [*chosen, *(getattr(weights, name) for name in _NUMBERS)]
     later = [_BASELINES.index(baseline_of(weights)), weights.inner_tilt]
     while later and not later[-1]:  # checkpoints of who does not use them stay as they were
@@ -95,10 +95,10 @@ def _differences(weights: GroupWeights, saved: Tensor) -> list[str]:
     values = dict(zip([*_CHOICES, *_NUMBERS], numbers, strict=False))
     later = [*numbers[len(values) :], 0.0, 0.0][:2]
     for name, options in _CHOICES.items():
-        theirs, mine = options[int(values[name])], getattr(weights, name)
+        theirs, mine = dict(enumerate(options)).get(int(values[name]), "unknown here"), getattr(weights, name)
         if theirs != mine:
             found.append(f"{name.removesuffix('_mode')}={theirs!r}, here {mine!r}")
-    same_rule = values["rule"] == _CHOICES["rule"].index(weights.rule)
+    same_rule = values["rule"] == list(ALPHA_RULES).index(weights.rule)
     for name in _NUMBERS:
         theirs, mine = values[name], getattr(weights, name)
         near = theirs == mine or abs(theirs - mine) <= rounding * abs(mine)

@@ -213,6 +213,8 @@ def run(config: ReproduceConfig, out: Path) -> dict[str, Any]:
     results["seconds"] = round(time.perf_counter() - began, 1)
     out.mkdir(parents=True, exist_ok=True)
     (out / "results.json").write_text(json.dumps(results, indent=1))
+    (out / "options.json").write_text(json.dumps(results["options"]))
+    (out / "options.md").write_text(robustness.document(results["options"]))
     report.save_pictures(results, histories, cells, out)
     report.print_results(console, results)
     console.print(f"{results['seconds']} s; results.json and pictures are in {out}", highlight=False)

@@ -293,13 +293,20 @@ def decisions(record: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def explained() -> str:
-    """Markdown: what the options' names stand for."""
-    return "\n".join(f"- {option.name}: {option.text}" for option in OPTIONS)
-
-
-def claims_of(record: list[dict[str, Any]]) -> str:
-    """Markdown."""
-    return "\n".join(
-        f"- {'Holds' if claim.holds else 'Does not hold'}: {claim.text}: {claim.detail}." for claim in check(record)
+def document(record: list[dict[str, Any]]) -> str:
+    """Markdown: what the options are, what each kind of data asks for, the numbers, and what one would have hoped for."""
+    seeds = len(record[0]["worst"])
+    claims = [
+        f"- {'Holds' if claim.holds else 'Does **not** hold'}: {claim.text}: {claim.detail}." for claim in check(record)
+    ]
+    parts = (
+        "\n".join(f"- {option.name}: {option.text}" for option in OPTIONS),
+        decisions(record),
+        f"Worst-group held-out loss, mean ± standard error over {seeds} seeds, and seeds in which it is lower than IS's:",
+        table(record),
+        "Worst-group relative reward error (of the true reward, which no flipped label changes), likewise:",
+        table(record, "reward_error"),
+        "By paired seeds, a difference being one of more than two standard errors:",
+        "\n".join(claims),
     )
+    return "\n\n".join(parts)
