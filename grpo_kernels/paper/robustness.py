@@ -294,7 +294,7 @@ def decisions(record: list[dict[str, Any]]) -> str:
 
 
 def document(record: list[dict[str, Any]]) -> str:
-    """Markdown: what the options are, what each kind of data asks for, the numbers, and what one would have hoped for."""
+    """Markdown: what the options are, what was best for which data, the numbers, and what one would have hoped for."""
     seeds = len(record[0]["worst"])
     claims = [
         f"- {'Holds' if claim.holds else 'Does **not** hold'}: {claim.text}: {claim.detail}." for claim in check(record)
@@ -302,7 +302,7 @@ def document(record: list[dict[str, Any]]) -> str:
     parts = (
         "\n".join(f"- {option.name}: {option.text}" for option in OPTIONS),
         decisions(record),
-        f"Worst-group held-out loss, mean ± standard error over {seeds} seeds, and seeds in which it is lower than IS's:",
+        f"Worst-group held-out loss, mean ± standard error over {seeds} seeds, and seeds in which it is below IS:",
         table(record),
         "Worst-group relative reward error (of the true reward, which no flipped label changes), likewise:",
         table(record, "reward_error"),
