@@ -242,12 +242,18 @@ def check(record: list[dict[str, Any]]) -> list[Claim]:
         claim("excess is lower than GR there", *_each("excess", "GR", "worst", "ii", "iii")),
         claim("flipped training labels: GR is lower than IS", *_each("GR", "IS", "worst", "noisy")),
         claim("flipped training labels: IS tilt is lower than IS", *_each("IS tilt", "IS", "worst", "noisy")),
-        claim("and in reward error", *_each("IS tilt", "IS", "reward_error", "noisy")),
+        claim(
+            "flipped training labels: IS tilt is lower than IS in reward error",
+            *_each("IS tilt", "IS", "reward_error", "noisy"),
+        ),
         claim("flipped training labels: GR tilt is lower than GR", *_each("GR tilt", "GR", "worst", "noisy")),
-        claim("and in reward error", *_each("GR tilt", "GR", "reward_error", "noisy")),
+        claim(
+            "flipped training labels: GR tilt is lower than GR in reward error",
+            *_each("GR tilt", "GR", "reward_error", "noisy"),
+        ),
         claim("an unlearnable group: GR costs group 1 against IS", *_each("IS", "GR", "group_1", "hard")),
         claim("excess gives group 1 that back", *_each("excess", "GR", "group_1", "noisy", "hard")),
-        claim("and costs the worst group nothing against GR", *_each("excess", "GR", "worst", "noisy", "hard")),
+        claim("and has a lower worst-group loss than GR", *_each("excess", "GR", "worst", "noisy", "hard")),
     ]
 
 
