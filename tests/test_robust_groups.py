@@ -104,7 +104,8 @@ def test_it_is_the_formula(name: str, estimator: str, lagged: bool, path: str) -
         baseline=options.get("baseline"),
     )
     kind = gk.LinearGroupRobustLoss if path == "linear" else gk.GroupRobustLoss
-    loss_fn = kind(weights, beta=0.5, reference_free=True)
+    swept = path == "linear" and forecast_of(weights, as_ids(MEMBERS.get(name, SHARES))) is not None
+    loss_fn = kind(weights, beta=0.5, reference_free=True, **({"plan": "sweep"} if swept else {}))
     for step in range(3):
         members = MEMBERS.get(name, SHARES)
         if step == 1:

@@ -153,6 +153,7 @@ def records(
     seeds: int,
     iterations: int,
     scenarios: Sequence[str] = tuple(ALL_SCENARIOS),
+    options: Sequence[Option] = OPTIONS,
     on_record: Callable[[int, float], None] = lambda done, worst_loss: None,
 ) -> list[dict[str, Any]]:
     """For each scenario and option of each seed the held-out losses of the worst group, of both on average, and of
@@ -169,14 +170,14 @@ def records(
     theta, _ = train(training, start, alone, iterations, on_record=on_record)
     baseline = training.group_losses(theta, LOSS, BETA).diagonal(dim1=1, dim2=2)
     theta, weights = train(
-        training, start, OPTIONS, iterations, baseline, lambda done, worst: on_record(iterations + done, worst)
+        training, start, options, iterations, baseline, lambda done, worst: on_record(iterations + done, worst)
     )
     losses = held_out.group_losses(theta, LOSS, BETA)  # (D, M, K)
     errors = reward_errors(torch.stack([bandit.test_features for bandit in bandits]), theta).amax(-1)
     found = []
     for s, scenario in enumerate(scenarios):
         rows = slice(s * seeds, (s + 1) * seeds)
-        for m, option in enumerate(OPTIONS):
+        for m, option in enumerate(options):
             of_option = losses[rows, m]
             measures = {
                 "worst": of_option.amax(-1),
