@@ -130,7 +130,7 @@ def test_alpha_that_swings_is_told_and_one_that_moves_steadily_is_not() -> None:
     assert f"in the last 20 updates the weight of group 0 went to and fro between 0.50 and {high:.2f}" in warning
     assert "A smaller step_size (now 2)" in warning
     calm = run(gk.GroupWeights(2, estimator="group_mean", step_size=0.02), by_turns)
-    steady = run(gk.GroupWeights(2, estimator="group_mean", step_size=0.5), [losses_of_turn(0)] * 20)
+    steady = run(gk.GroupWeights(2, estimator="group_mean", step_size=0.05), [losses_of_turn(0)] * 20)
     assert not calm.diagnose().warnings
     assert not steady.diagnose(total_steps=20).warnings
     sharp = run(gk.GroupWeights(2, estimator="group_mean", rule="soft_maximum", temperature=0.5), by_turns)
