@@ -164,7 +164,8 @@ def linear_sequence_logps(
         max_extra_bytes: memory for logits of a chunk, sums, and what is kept from forward to backward to save a matrix
             product; gradients come on top. "auto" (the default) is 1/16 of a GPU's memory, 1/32 of the machine's on a
             CPU; no more is taken than helps. See `grpo_kernels.kernels.linear_plan`.
-        plan: "auto" (the default), or "keep" or "recompute" to force it.
+        plan: "auto" (the default), or "keep" or "recompute" to force it where the head has a gradient; with a sharded
+            vocabulary there is "recompute" only.
         accumulate_dtype: of the sums over chunks that make the weight's gradient; torch.float32 (the default) or
             torch.bfloat16.
         vocab_shard: weight and bias are this rank's rows; hidden is the same on every rank of the shard's group (or

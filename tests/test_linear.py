@@ -11,6 +11,7 @@ import truth
 from conftest import batch
 from test_sequence_logps import DTYPES, plain_logps, run
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import grpo_kernels as gk
 from grpo_kernels import doctor
@@ -217,32 +218,70 @@ def test_the_head_of_a_language_model() -> None:
     assert large.extra_bytes < 8 << 30, "no more than helps"
 
 
+class Allocations(TorchDispatchMode):
+    """(dtype, shape) of each tensor that is made while it is on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made: list[tuple[torch.dtype, torch.Size]] = []
+
+    def __torch_dispatch__(self, function, types, arguments=(), kwargs=None):
+        out = function(*arguments, **(kwargs or {}))
+        if isinstance(out, Tensor) and not function.is_view and "out" not in (kwargs or {}):
+            given = {x.untyped_storage().data_ptr() for x in arguments if isinstance(x, Tensor)}
+            if out.untyped_storage().data_ptr() not in given:
+                self.made.append((out.dtype, out.shape))
+        return out
+
+
 def test_sums_take_no_temporary_of_their_size() -> None:
     """On a CPU, in bfloat16 with sums in float32: what is allocated while a chunk's product is added is small."""
-    from torch.utils._python_dispatch import TorchDispatchMode
-
-    sizes = []
-
-    class Allocations(TorchDispatchMode):
-        def __torch_dispatch__(self, function, types, arguments=(), kwargs=None):
-            out = function(*arguments, **(kwargs or {}))
-            if isinstance(out, Tensor) and not function.is_view and "out" not in (kwargs or {}):
-                owner = all(
-                    out.untyped_storage().data_ptr() != x.untyped_storage().data_ptr()
-                    for x in arguments
-                    if isinstance(x, Tensor)
-                )
-                sizes.append(out.numel() * owner)
-            return out
-
     vocab, hidden_size = 6000, 1024  # larger than PRODUCT_ELEMENTS
     sums = torch.zeros(vocab, hidden_size)
     unit, rows = torch.randn(5, vocab).bfloat16(), torch.randn(5, hidden_size).bfloat16()
-    with Allocations():
+    with Allocations() as allocations:
         linear.add_products(sums, None, unit, rows, torch.ones(5, 1))
-    assert max(sizes) < sums.numel()
+    assert max(shape.numel() for _, shape in allocations.made) < sums.numel()
     exact = unit.double().t() @ rows.double()
     assert (sums - exact).abs().max() <= 2**-8 * exact.abs().max(), "one rounding of a product to bfloat16"
+
+
+def test_a_frozen_head_keeps_no_float32_of_bfloat16() -> None:
+    """LoRA: of hidden's size there are G weight and dhidden, both in hidden's dtype, and nothing else."""
+    hidden, weight = torch.randn(2, 200, 24).bfloat16(), torch.randn(50, 24).bfloat16()
+    labels = torch.randint(0, 50, (2, 200))
+    head, rows = linear.LinearHead(weight, None), Rows(labels)
+    plan = linear_plan.LinearPlan("frozen", 40, 0, (True, False, False), torch.float32)
+    with Allocations() as allocations:
+        _, lse, kept = linear.linear_token_logps_forward(torch_chunked, hidden, head, rows, plan)
+        dlogps = torch.randn(2, 200)
+        dhidden, *_ = linear.linear_token_logps_backward(torch_chunked, dlogps, hidden, head, rows, lse, plan, kept)
+    assert kept.dtype == dhidden.dtype == torch.bfloat16
+    large = [dtype for dtype, shape in allocations.made if shape[-1:] == (24,) and shape.numel() >= hidden.numel()]
+    assert large == [torch.bfloat16, torch.bfloat16]
+    assert torch.equal(dhidden, (kept * dlogps.unsqueeze(-1)).bfloat16())
+
+
+def test_without_gradients_a_chunk_is_as_large_as_memory_allows() -> None:
+    """The reference's pass: one product, whose weight is read as seldom as can be."""
+    h200 = devices.named("h200")
+    shape = linear_plan.LinearShape(16384, 4096, 128256, 2, (False, False, False), h200)
+    plans = [linear_plan.plan_of(shape, memory << 20) for memory in (64, 256, 1 << 20)]
+    assert [(plan.name, plan.products) for plan in plans] == [("none", 1)] * 3
+    for plan, memory in zip(plans[:2], (64, 256), strict=True):
+        twice = linear_plan._plan(shape, "none", 2 * plan.chunk_rows, 0)
+        assert plan.extra_bytes <= memory << 20 < twice.extra_bytes
+    assert plans[2].seconds <= 1.02 * 2 * 16384 * 4096 * 128256 / 720e12 + 16384 * 128256 * 2 / 4.3e12
+
+
+def test_a_shard_of_the_vocabulary_has_one_plan() -> None:
+    hidden, head = torch.zeros(2, 3, 4, requires_grad=True), linear.LinearHead(torch.zeros(5, 4), None)
+    rows = Rows(torch.zeros(2, 3, dtype=torch.int64), vocab_shard=gk.VocabShard(0, 5, None))
+    for plan in ("auto", "recompute"):
+        assert linear_plan.plan_for(hidden, head, rows, linear_plan.Budget(plan=plan)).name == "recompute"
+    for plan in ("keep", "sweep"):
+        with pytest.raises(ValueError, match=f"plan must be 'auto' or 'recompute' with vocab_shard, got '{plan}'"):
+            linear_plan.plan_for(hidden, head, rows, linear_plan.Budget(plan=plan))
 
 
 @pytest.mark.parametrize("wrong", [1e9, 200.5, True, None, "auto "])

@@ -1,5 +1,7 @@
 """What every optimised backend implements. A new backend is one module with the two functions of KernelBackend.
 
+What the linear path needs besides, `token_logps_and_unit_gradient` of LinearHead, is composed of the two.
+
 Rows are the positions of a batch in any layout: logits (..., V) come with labels (...), already aligned with them.
 A row whose label is ``ignore_index`` is never read: its token_logps, lse and gradient are 0. A row whose label is
 outside [0, V) reads nothing out of bounds: its token_logps, lse and gradient are NaN.

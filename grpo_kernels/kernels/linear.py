@@ -14,6 +14,7 @@ Finding the counted tokens reads the labels back: on a GPU it synchronises.
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from grpo_kernels.kernels.linear_plan import LinearPlan
 
 
+ROWS_AT_ONCE = 64
 # Logits that the first levels of a CPU's cache hold between two readings.
 CACHED_BYTES = 1 << 20
 
@@ -75,12 +77,14 @@ class LinearHead(NamedTuple):
             logits.mul_(self.logit_scale)
         return logits
 
-    def logps_and_unit_gradient(
+    def token_logps_and_unit_gradient(
         self, kernels: KernelBackend, logits: Tensor, labels: Tensor, ignore_index: int
     ) -> tuple[Tensor, Tensor]:
-        """token_logps (n,) and lse (n, 2) of a chunk, whose logits become G.
+        """token_logps (n,) and lse (n, 2) of a chunk, whose logits become G: a backend's two functions, one after the
+        other.
 
-        On a CPU a few rows at a time, so that the second reading is from the cache.
+        On a CPU a few rows at a time, so that the second reading is from the cache. On a GPU the whole chunk, which is
+        read from memory twice: docs/kernels/linear.md has the arithmetic.
         """
         rows = logits.shape[0]
         if logits.device.type == "cpu":
@@ -128,7 +132,7 @@ def linear_token_logps_forward(
             block_metrics[chunk] = metrics_of_chunk(logits, chunk_labels)
         arguments = (logits, chunk_labels, rows.ignore_index)
         if keeps or block_states is not None:
-            block_logps[chunk], block_lse[chunk] = head.logps_and_unit_gradient(kernels, *arguments)
+            block_logps[chunk], block_lse[chunk] = head.token_logps_and_unit_gradient(kernels, *arguments)
         else:
             block_logps[chunk], block_lse[chunk] = kernels.token_logps_forward(*arguments)
         if block_states is not None:
@@ -152,7 +156,8 @@ def linear_token_logps_backward(
     """
     if plan.name == "frozen":
         d = dtoken_logps.masked_fill(~rows.counted, 0)  # which NaN would not be
-        return (kept * d.unsqueeze(-1)).to(hidden.dtype), None, None
+        of_rows = scaled(kept.flatten(0, -2), d.reshape(-1, 1), hidden.dtype)
+        return of_rows.view(hidden.shape), None, None
     weight_dtype, head = head.weight.dtype, head.to(hidden.dtype)
     dhidden = hidden.new_zeros(hidden.shape) if plan.needs_grad[0] else None
     dweight, dbias = gradient_sums(hidden, head.weight, plan)
@@ -188,6 +193,17 @@ def gradient_sums(hidden: Tensor, weight: Tensor, plan: LinearPlan) -> tuple[Ten
     dweight = hidden.new_zeros(weight.shape, dtype=dtype) if plan.needs_grad[1] else None
     dbias = hidden.new_zeros(weight.shape[:1], dtype=dtype) if plan.needs_grad[2] else None
     return dweight, dbias
+
+
+def scaled(rows: Tensor, factors: Tensor, dtype: torch.dtype) -> Tensor:
+    """rows * factors in ``dtype``, factors () or (n, 1), with no temporary of their size."""
+    out = torch.empty(rows.shape, dtype=dtype, device=rows.device)
+    if rows.is_cuda or torch.result_type(rows, factors) == dtype:
+        return torch.mul(rows, factors, out=out)
+    of_some = factors.split(ROWS_AT_ONCE) if factors.dim() else itertools.repeat(factors)
+    for some, of_rows, of_factors in zip(out.split(ROWS_AT_ONCE), rows.split(ROWS_AT_ONCE), of_some, strict=False):
+        some.copy_(of_rows * of_factors)  # several times as fast on a CPU as a product of two dtypes
+    return out
 
 
 # Of a product that is added to wider sums on a CPU: as much as a thread's cache holds, and what a product does at once.

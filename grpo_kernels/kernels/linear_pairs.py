@@ -25,7 +25,7 @@ from torch import Tensor
 
 from grpo_kernels.batch import Pairs, Rows
 from grpo_kernels.kernels.contract import KernelBackend
-from grpo_kernels.kernels.linear import LinearHead, add_products, gradient_sums, linear_token_logps_backward
+from grpo_kernels.kernels.linear import LinearHead, add_products, gradient_sums, linear_token_logps_backward, scaled
 from grpo_kernels.kernels.linear_plan import LinearPlan
 from grpo_kernels.kernels.rows import new_token_outputs
 from grpo_kernels.segments import segment_sum
@@ -34,7 +34,6 @@ from grpo_kernels.segments import segment_sum
 ROUNDINGS = 32
 # exp(+-60) and sums of it hold in float32; a group beyond it is computed again.
 MAX_EXPONENT = 60.0
-ROWS_AT_ONCE = 64
 
 
 class Forecast(NamedTuple):
@@ -215,7 +214,7 @@ class Sweep:
         logits = self.head.logits(self.hidden[rows], buffer)
         arguments = (logits, self.labels[rows], self.rows.ignore_index)
         if makes_gradient:
-            logps, self.swept.lse[rows] = self.head.logps_and_unit_gradient(self.kernels, *arguments)
+            logps, self.swept.lse[rows] = self.head.token_logps_and_unit_gradient(self.kernels, *arguments)
         else:
             logps, self.swept.lse[rows] = self.kernels.token_logps_forward(*arguments)
         if self.token_weights is not None:
@@ -301,7 +300,7 @@ def sweep_backward(
     if plan.needs_grad[0]:
         scale = to_tokens(torch.where(swept.is_swept, exact, 0))
         scale = scale.masked_fill(~rows.counted.reshape(-1), 0)  # which NaN would not be
-        dhidden = torch.mul(swept.states, scale.unsqueeze(1)).to(hidden.dtype).view(hidden.shape)
+        dhidden = scaled(swept.states, scale.unsqueeze(1), hidden.dtype).view(hidden.shape)
     dweight = _scaled(swept.dweight, ratio, usable, head.weight.dtype) if plan.needs_grad[1] else None
     dbias = _scaled(swept.dbias, ratio, usable, head.weight.dtype) if plan.needs_grad[2] else None
     if not bool(again.any()):
@@ -335,11 +334,4 @@ def sweep_backward(
 
 
 def _scaled(sums: Tensor, ratio: Tensor, usable: bool, dtype: torch.dtype) -> Tensor:
-    scaled = torch.empty(sums.shape, dtype=dtype, device=sums.device)
-    if not usable:
-        return scaled.zero_()
-    if dtype == sums.dtype or sums.is_cuda:
-        return torch.mul(sums, ratio, out=scaled)
-    for some, of_sums in zip(scaled.split(ROWS_AT_ONCE), sums.split(ROWS_AT_ONCE), strict=True):
-        some.copy_(of_sums * ratio)  # several times as fast on a CPU as a product of two dtypes
-    return scaled
+    return scaled(sums, ratio, dtype) if usable else sums.new_zeros(sums.shape, dtype=dtype)

@@ -136,6 +136,8 @@ def plan_for(hidden: Tensor, head: LinearHead, rows: Rows, budget: Budget, accum
     if rows.vocab_shard is None:
         return plan_of(shape, budget.bytes_on(shape.device), budget.plan)
     # A shard's G needs the other shards' log-sum-exp, which are there in the backward only.
+    if budget.plan not in ("auto", "recompute"):
+        raise ValueError(f"plan must be 'auto' or 'recompute' with vocab_shard, got {budget.plan!r}")
     return replace(plan_of(shape, budget.bytes_on(shape.device), "recompute"), name="recompute")
 
 
