@@ -17,7 +17,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 import grpo_kernels as gk
 
-RANK, NUM_RANKS, PARTS, STEPS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), 2, 20
+RANK, NUM_RANKS, PARTS, STEPS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), 2, 10
 
 
 class GroupRobustModule(lightning.LightningModule):
@@ -44,7 +44,7 @@ class GroupRobustModule(lightning.LightningModule):
 
 
 class Pairs(torch.utils.data.Dataset):
-    """Micro-batch i of this rank: 12 pairs a step, over all parts and ranks."""
+    """Micro-batch i of this rank: 12 pairs a step, over all parts and ranks. (Lightning goes on between two epochs.)"""
 
     def __len__(self) -> int:
         return STEPS * PARTS
@@ -60,10 +60,10 @@ def main(folder: str, checkpoint: str | None = None) -> None:
         devices=NUM_RANKS,
         strategy="ddp" if NUM_RANKS > 1 else "auto",
         precision="64-true" if torch.get_default_dtype() == torch.float64 else "32-true",
-        max_epochs=1,
+        max_epochs=2,
         accumulate_grad_batches=PARTS,
         use_distributed_sampler=False,  # Pairs knows the ranks
-        callbacks=[ModelCheckpoint(folder, filename="{step}", every_n_train_steps=10, save_top_k=-1)],
+        callbacks=[ModelCheckpoint(folder, filename="{step}", every_n_train_steps=STEPS, save_top_k=-1)],
         logger=False,
         enable_progress_bar=False,
         enable_model_summary=False,

@@ -10,22 +10,24 @@ import tempfile
 
 import torch
 import torch.distributed as dist
-import torchtitan.models.llama3 as llama3
 import torchtitan.tools.utils
 from common import pairs_of_rank, run_on_ranks, show
 from torch.distributed.fsdp import FSDPModule
+
+import grpo_kernels as gk
+
+if not torch.cuda.is_available():  # torchtitan knows GPUs only, and looks when it is imported
+    torchtitan.tools.utils.device_type, torchtitan.tools.utils.device_module = "cpu", torch.cpu
+
+import torchtitan.models.llama3 as llama3
 from torchtitan.config import CompileConfig, ParallelismConfig, TrainingConfig
 from torchtitan.distributed import ParallelDims
 from torchtitan.distributed.utils import set_spmd_backend
 from torchtitan.models.common.attention import ScaledDotProductAttention
 from torchtitan.models.llama3.sharding import set_llama3_sharding_config
 
-import grpo_kernels as gk
-
 BACKEND = "partial_dtensor"
-if not torch.cuda.is_available():  # torchtitan knows GPUs only
-    torchtitan.tools.utils.device_type, torchtitan.tools.utils.device_module = "cpu", torch.cpu
-    llama3.get_attention_config = lambda _: ScaledDotProductAttention.Config()
+llama3.get_attention_config = lambda _: ScaledDotProductAttention.Config()  # the others are for GPUs
 
 
 def parallel_model(dims: ParallelDims, parallelism: ParallelismConfig) -> torch.nn.Module:
@@ -61,7 +63,7 @@ def train() -> None:
     groups = gk.GroupWeights(group_sizes=[600, 350, 50], step_size=0.1, process_group=group, gradient_reduction="auto")
     groups.find_gradient_reduction(model)
     loss_fn = gk.GroupRobustLoss(groups, beta=0.5)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.02)
     for step in range(10):
         tokens, labels, group_ids, ref_logps = pairs_of_rank(step, rank, num_ranks)
         logits = model(tokens)  # a DTensor, sharded on the vocabulary, which the loss takes as it is
