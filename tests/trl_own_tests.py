@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import torch
 import trl
 from small_models import class_of, small_config
 from trl import import_utils
@@ -48,6 +49,7 @@ def pytest_configure(config: Any) -> None:
     datasets.disable_progress_bars()
     # The tests of another version of TRL ask for other libraries; none of them is there.
     import_utils.__getattr__ = lambda name: _never if name.startswith("is_") else _no_such(name)
+    torch.manual_seed(0)
     write_models()
     write_data()
     if os.environ.get("GRPO_KERNELS_TRL_CLASSES", "ours") == "ours":
