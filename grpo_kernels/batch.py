@@ -159,6 +159,13 @@ class Pairs:
             return of_sequences.reshape(num_pairs, 2).t()
         return of_sequences.reshape(2, num_pairs)
 
+    def chosen_and_rejected(self, of_sequences: Tensor) -> tuple[Tensor, Tensor]:
+        """(B,) each, of (2B,): slices, which torch.compile can make again of a batch without pairs."""
+        num_pairs = of_sequences.shape[0] // 2
+        if self.interleaved:
+            return of_sequences[0::2], of_sequences[1::2]
+        return of_sequences[:num_pairs], of_sequences[num_pairs:]
+
     def by_sequence(self, of_pairs: Tensor) -> Tensor:
         """(2B,) of (2, B)."""
         return by_sequence(of_pairs, self.interleaved)

@@ -201,7 +201,8 @@ class _GroupRobustLossBase(nn.Module):
             of_alpha = losses_of_pairs(logps, replace(pairs, spec=self.spec_of_alpha))
         output = self._of_losses(losses, pairs.group_ids, logps, total_pairs, of_alpha)
         ratios = logps if pairs.ref_logps is None else logps - pairs.ref_logps
-        return self._with_logps(output, pairs.by_pair(policy_logps), pairs.beta * pairs.by_pair(ratios))
+        rewards = [pairs.beta * x for x in pairs.chosen_and_rejected(ratios)]
+        return self._with_logps(output, pairs.chosen_and_rejected(policy_logps), rewards)
 
     def _of_losses(
         self,
@@ -248,8 +249,10 @@ class _GroupRobustLossBase(nn.Module):
         )
 
     @staticmethod
-    def _with_logps(output: GroupRobustOutput, logps: Tensor, rewards: Tensor) -> GroupRobustOutput:
-        """``logps`` and ``rewards``: (2, B)."""
+    def _with_logps(
+        output: GroupRobustOutput, logps: Tensor | Sequence[Tensor], rewards: Tensor | Sequence[Tensor]
+    ) -> GroupRobustOutput:
+        """``logps`` and ``rewards``: of the chosen and of the rejected, (B,) each."""
         return output._replace(
             chosen_logps=logps[0], rejected_logps=logps[1], chosen_rewards=rewards[0], rejected_rewards=rewards[1]
         )
@@ -414,7 +417,8 @@ class GroupRobustLoss(_GroupRobustLossBase):
             rejected_rewards=logps,
             group_means=of_groups[tables.SUMS].detach() / counts,
         )
-        return self._with_logps(output, pairs.by_pair(logps), pairs.by_pair(of_sequences[tables.REWARDS].detach()))
+        rewards = pairs.chosen_and_rejected(of_sequences[tables.REWARDS].detach())
+        return self._with_logps(output, pairs.chosen_and_rejected(logps), rewards)
 
 
 class LinearGroupRobustLoss(_GroupRobustLossBase):
