@@ -61,6 +61,8 @@ def before_loading(weights: GroupWeights, state_dict: dict[str, Any], prefix: st
     initial = weights._initial_values()
     if weights.update_mode == "lagged":  # older ones had no shares
         state_dict.setdefault(f"{prefix}pending_shares", initial["pending_shares"])
+    else:
+        state_dict.pop(f"{prefix}pending_shares", None)
     if weights.given_baseline is not None:  # an option, not what was gathered
         theirs = state_dict.get(f"{prefix}baseline")
         if theirs is not None and not torch.equal(theirs.cpu().double(), weights.given_baseline):
