@@ -149,11 +149,6 @@ def test_what_is_no_set_of_pairs(kind: str) -> None:
             trainer(max_length=20).evaluate(data)
 
 
-def test_images_are_refused() -> None:
-    with pytest.raises(NotImplementedError, match=r"train_dataset must be of text, it has images"):
-        trainer(data=pairs(["a"]).add_column("images", [["a.png"]]))
-
-
 def test_tensors_for_columns_change_nothing() -> None:
     """TRL's collator would add tensors of token ids where it means to join lists."""
     data = pairs(["a", "b", "b"])

@@ -77,7 +77,7 @@ def unformatted(dataset: Any, which: str) -> Any:
     """A data set whose rows are Python's: in tensors TRL's collator would add token ids where it means to join them.
 
     Raises:
-        TypeError: it is no data set. ValueError: it is empty. NotImplementedError: it has images.
+        TypeError: it is no data set. ValueError: it is empty.
     """
     if not isinstance(dataset, Dataset | IterableDataset):
         raise TypeError(f"{which} must be a Dataset or an IterableDataset, got {type(dataset).__name__}")
@@ -85,11 +85,8 @@ def unformatted(dataset: Any, which: str) -> Any:
     kind = dataset.format["type"] if isinstance(dataset, Dataset) else getattr(formatting, "format_type", None)
     if kind is not None and kind != "custom":  # a transform of the user's makes the columns
         dataset = dataset.with_format(None)
-    first = next(iter(dataset), None)
-    if first is None:
+    if next(iter(dataset), None) is None:
         raise ValueError(f"{which} must have at least one pair, it is empty")
-    if {"image", "images"} & set(first):
-        raise NotImplementedError(f"{which} must be of text, it has images: log-probabilities beside them are untried")
     return dataset
 
 

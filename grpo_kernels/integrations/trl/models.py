@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from accelerate.utils import is_peft_model
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from trl.trainer.utils import create_model_from_path
 
 from grpo_kernels.groups.weights import GroupWeights
 from grpo_kernels.integrations import transformers as hf
@@ -40,8 +40,8 @@ def model_called(name: str, policy: Any, args: GroupRobustDPOConfig) -> Any:
     """A reference by name, loaded as TRL loads the policy."""
     given: Any = args.model_init_kwargs or {}
     dtype = "float32" if isinstance(policy, str) else policy.dtype
-    options = {"dtype": dtype, "trust_remote_code": args.trust_remote_code, **given}
-    return AutoModelForCausalLM.from_pretrained(name, **options)
+    options = {"dtype": dtype, "trust_remote_code": args.trust_remote_code, "device_map": None, **given}
+    return create_model_from_path(name, **options)
 
 
 def check_reference(policy: Any, reference: Any, tokenizer: Any) -> None:
@@ -116,6 +116,17 @@ def loss_for(
     of_head: dict[str, Any] = {"logit_scale": head.scale, "softcap": head.softcap}
     of_head |= {"plan": args.linear_plan, "max_extra_bytes": args.linear_bytes}
     return LinearGroupRobustLoss(group_weights, **of_head, **options)
+
+
+@contextlib.contextmanager
+def naming_max_length(max_length: int | None) -> Iterator[None]:
+    """What a model says of images whose tokens were cut off, with the option that has cut them."""
+    try:
+        yield
+    except ValueError as error:
+        if max_length is None or "Image features and image tokens do not match" not in str(error):
+            raise
+        raise ValueError(f"max_length must leave a prompt its images' tokens, got {max_length}: {error}") from error
 
 
 def answer_lengths(labels: Tensor) -> Tensor:

@@ -48,8 +48,7 @@ class GroupRobustDPOTrainer(DPOTrainer):
     Raises:
         ValueError: no such column, a group that is missing or, at evaluation, unknown to the training set, an
             encoder-decoder model, a reference that shares parameters with the policy or cannot read its tokens.
-        NotImplementedError: ``fused_linear=True`` for a model that does not allow it; images; tensor or context
-            parallelism.
+        NotImplementedError: ``fused_linear=True`` for a model that does not allow it; tensor or context parallelism.
     """
 
     loss_is_scaled_for_ga = True  # compute_loss divides by the pairs of the whole optimizer step
@@ -176,12 +175,13 @@ class GroupRobustDPOTrainer(DPOTrainer):
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """The group-robust loss of a batch, for its backward; what is logged as ``loss`` is `training_step`'s."""
-        if "ref_chosen_logps" in inputs:
-            ref_logps = torch.cat([inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]])
-        else:
-            ref_logps = self._reference_logps(self.model if self.ref_model is None else self.ref_model, inputs)
         total_pairs = num_items_in_batch if model.training else None
-        found = self._loss_in_forward(model, inputs, ref_logps, total_pairs)
+        with models.naming_max_length(self.args.max_length):
+            if "ref_chosen_logps" in inputs:
+                ref_logps = torch.cat([inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]])
+            else:
+                ref_logps = self._reference_logps(self.model if self.ref_model is None else self.ref_model, inputs)
+            found = self._loss_in_forward(model, inputs, ref_logps, total_pairs)
         self._take_metrics(found, inputs, ref_logps)
         losses = found.output.pair_losses.detach()
         self._plain_loss = losses.mean()
