@@ -86,7 +86,6 @@ def pad_token_id(tokenizer: Any) -> int:
 
 # -- from a causal language model to sequence log-probabilities ----------------------------------------------------
 
-TEXT = {"input_ids", "attention_mask", "position_ids", "use_cache"}
 SCALE_FIELDS = ("logit_scale", "logits_scaling", "output_multiplier", "lm_head_multiplier")  # of a model's config
 
 
@@ -220,7 +219,8 @@ def _with_head(model: Any, head: Head, hidden: Tensor) -> HiddenAndHead:
 
 def _last_hidden_states(model: Any, inputs: dict[str, Any]) -> Tensor:
     inputs = {"use_cache": False, **inputs}
-    if model.base_model is not model and inputs.keys() <= TEXT:
+    has_images = any(name.startswith("pixel_") and value is not None for name, value in inputs.items())
+    if model.base_model is not model and not has_images:
         return model.base_model(**inputs).last_hidden_state
     return _run_without_head(model, inputs)[0]  # images may be met outside its base; Llama 4's parts have other names
 
