@@ -20,6 +20,7 @@ peft = pytest.importorskip("peft", reason="peft is not installed: pip install pe
 
 import transformers  # noqa: E402
 import trl_cases  # noqa: E402
+import trl_fsdp2  # noqa: E402
 
 import grpo_kernels as gk  # noqa: E402
 from grpo_kernels.integrations import transformers as hf  # noqa: E402
@@ -466,6 +467,7 @@ def worker(rank: int, world: int, port: int, folder: str) -> None:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "ACCELERATE_USE_CPU": "1"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     results = {**results_of_cases(world, folder), "bfloat16": in_bfloat16()}
+    results["fsdp2"] = trl_fsdp2.results_of(trainer, world, Path(folder))
     torch.save(results, Path(folder) / f"rank{rank}.pt")
     torch.distributed.destroy_process_group()
 
@@ -527,7 +529,9 @@ def run_both(folder: Path) -> None:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     torch.multiprocessing.spawn(worker, (2, port, str(folder)), nprocs=2)
-    torch.save(results_of_cases(1, str(folder / "alone")), folder / "alone.pt")
+    results = results_of_cases(1, str(folder / "alone"))
+    results["fsdp2"] = trl_fsdp2.results_of(trainer, 1, folder / "alone")
+    torch.save(results, folder / "alone.pt")
 
 
 @pytest.fixture(scope="module")
@@ -560,6 +564,22 @@ def test_two_ranks_are_one(ranks: list[dict[str, Any]], name: str) -> None:
         expected = torch.tensor([3, 1]) * alone["counted"]
         assert torch.equal(alone["products"], expected)
         assert torch.equal(sum(together["products"] for together in both), expected)
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="this PyTorch has no torch.distributed")
+def test_fsdp2_goes_on_from_its_checkpoint(ranks: list[dict[str, Any]]) -> None:
+    """As if it had not been stopped, and as one process."""
+    alone, *both = (results["fsdp2"] for results in ranks)
+    for whole, resumed in ((run["whole"], run["resumed"]) for run in (alone, *both)):
+        assert abs(whole["history"][1]["groups/usual/alpha"] - 1 / 3) > 0.05, "alpha is not uniform at the stop"
+        assert torch.equal(resumed["alpha"], whole["alpha"])
+        assert all(torch.equal(value, resumed["parameters"][name]) for name, value in whole["parameters"].items())
+        for before, after, one in zip(whole["history"], resumed["history"], alone["whole"]["history"], strict=True):
+            for key in ("loss", "objective", "grad_norm", "groups/usual/alpha", "num_tokens"):
+                assert after[key] == before[key], key
+                assert before[key] == pytest.approx(one[key], rel=LOGGED, abs=EXACT), key
+        assert_same(whole["parameters"], alone["whole"]["parameters"])
+        torch.testing.assert_close(whole["alpha"], alone["whole"]["alpha"], rtol=EXACT, atol=0)
 
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="this PyTorch has no torch.distributed")
