@@ -105,9 +105,10 @@ def group_robust(
 def assert_within_budget(got: Tensor, exact: Tensor, plain: Tensor, what: str) -> None:
     """Error at most twice that of plain PyTorch in the same dtype, plus one rounding of the largest exact value.
 
-    Of float64 the truth is no better than what it judges: its own roundings count too.
+    Of float64 the truth is no better than what it judges: some 30 roundings in a row of each, of a sigmoid, of terms that
+    cancel (robust) and of sums over pairs and groups, count too.
     """
-    eps = torch.finfo(got.dtype).eps * (8 if got.dtype == torch.float64 else 1)
+    eps = torch.finfo(got.dtype).eps * (32 if got.dtype == torch.float64 else 1)
     error = (got.double() - exact).abs().max().item()
     plain_error = (plain.double() - exact).abs().max().item()
     budget = 2 * plain_error + eps * exact.abs().max().item()
