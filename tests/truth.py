@@ -105,8 +105,8 @@ def group_robust(
 def assert_within_budget(got: Tensor, exact: Tensor, plain: Tensor, what: str) -> None:
     """Error at most twice that of plain PyTorch in the same dtype, plus one rounding of the largest exact value.
 
-    Of float64 the truth is no better than what it judges: some 30 roundings in a row of each, of a sigmoid, of terms that
-    cancel (robust) and of sums over pairs and groups, count too.
+    Of float64 the truth is no better than what it judges: some 30 roundings of each, of a sigmoid, of terms that cancel
+    (robust), of sums over pairs and groups, count too.
     """
     eps = torch.finfo(got.dtype).eps * (32 if got.dtype == torch.float64 else 1)
     error = (got.double() - exact).abs().max().item()
