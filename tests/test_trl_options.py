@@ -138,7 +138,12 @@ def options_by_attribute(init: Any) -> dict[str, str]:
     return kept
 
 
+# Whose losses are added up with weights of their own: a wrong one shows. The others have runs to themselves.
+MANY = ["hinge", "exo_pair", "robust", "bco_pair", "nca_pair", "sppo_hard", "apo_zero", "apo_down", "discopop"]
+OF_MANY = {"loss_type": MANY, "loss_weights": [0.7**i for i in range(len(MANY))], "label_smoothing": 0.1, "beta": 0.4}
 RUNS: dict[str, dict[str, Any]] = {
+    "many": OF_MANY,
+    "many on logits": OF_MANY,
     "beta": {"beta": 1.5},
     "hinge": {"beta": 0.2, "loss_type": "hinge"},
     "robust": {"loss_type": ["robust"], "label_smoothing": 0.2},
@@ -167,7 +172,7 @@ def test_honoured_as_by_trl(kind: str) -> None:
     options = {"max_steps": 3, **RUNS[kind]}
     family, dropout = ("GPT2", {"n_embd": 16, "n_head": 2, "n_layer": 1}), {"resid_pdrop": 0.5, "embd_pdrop": 0.5}
     losses = []
-    for make, more in ((trainer, {"fused_linear": kind != "length on logits"}), (trl_trainer, {})):
+    for make, more in ((trainer, {"fused_linear": not kind.endswith("on logits")}), (trl_trainer, {})):
         model = model_of(family[0], 0, **family[1], **dropout)
         of = make(model, model_of(family[0], 1, **family[1]), pairs(["all"] * 8), **options, **more)
         of.train()

@@ -7,7 +7,7 @@ import re
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import grpo_kernels as gk
 from grpo_kernels.kernels import dispatch
+from grpo_kernels.pair_losses import PAIR_LOSSES
 
 SIZES = [60, 35, 5]
 EXACT = {"rtol": 1e-12, "atol": 1e-12}
@@ -439,18 +440,31 @@ def linear_loss_over_ranks() -> None:
 
 
 @case_of_two_ranks
-def a_mixture_over_ranks(follows: str = "loss") -> None:
-    """Of two slopes, and of means whose counts are each rank's own: both paths, two steps."""
+def a_mixture_over_ranks() -> None:
+    """Of two slopes, and of means whose counts are each rank's own."""
+    two_steps_are_one_process(loss_type=["apo_zero", "sft"], loss_weights=[1.0, 0.5])
+
+
+@case_of_two_ranks
+def every_pair_loss_over_ranks() -> None:
+    for name, entry in PAIR_LOSSES.items():
+        two_steps_are_one_process(loss_type=name, label_smoothing=0.2 if entry.uses_label_smoothing else 0.0)
+
+
+def two_steps_are_one_process(**options: Any) -> None:
+    """Both paths."""
+    names = [options["loss_type"]] if isinstance(options["loss_type"], str) else options["loss_type"]
+    uses_reference = any(PAIR_LOSSES[name].uses_reference for name in names)
     rank, world = rank_and_world()
     group = alone()
     batch, mine = pairs(7), shares(7, world)[rank]
     torch.manual_seed(1)
     hidden = torch.randn(2, 7, 4, 6, dtype=torch.float64)
     weight = torch.randn(11, 6, dtype=torch.float64).requires_grad_()
-    options = {"loss_type": ["apo_zero", "sft"], "loss_weights": [1.0, 0.5], "alpha_follows": follows}
     whole = gk.GroupRobustLoss(weights(group), backend="reference", **options)
     logits = hidden.flatten(0, 1) @ weight.t()
-    exact = [whole(logits, *part(batch, slice(None))[1:]) for _ in range(2)][-1]
+    _, labels, ids, ref = part(batch, slice(None))
+    exact = [whole(logits, labels, ids, ref if uses_reference else None) for _ in range(2)][-1]
     (expected,) = torch.autograd.grad(exact.loss, weight)
     _, labels, ids, ref = part(batch, mine)
     rows = hidden[:, mine].flatten(0, 1)
@@ -458,7 +472,7 @@ def a_mixture_over_ranks(follows: str = "loss") -> None:
         of_logits = gk.GroupRobustLoss(weights(None), backend=backend, **options)
         of_hidden = gk.LinearGroupRobustLoss(weights(None), backend=backend, **options)
         for loss_fn, arguments in ((of_logits, (rows @ weight.t(),)), (of_hidden, (rows, weight))):
-            out = [loss_fn(*arguments, labels, ids, ref) for _ in range(2)][-1]
+            out = [loss_fn(*arguments, labels, ids, ref if uses_reference else None) for _ in range(2)][-1]
             (grad,) = torch.autograd.grad(out.loss, weight)
             torch.testing.assert_close(out.loss, exact.loss, **EXACT)
             torch.testing.assert_close(out.alpha, exact.alpha, **EXACT)
@@ -467,4 +481,4 @@ def a_mixture_over_ranks(follows: str = "loss") -> None:
 
 @case_of_two_ranks
 def a_mixture_whose_preferences_move_alpha() -> None:
-    a_mixture_over_ranks("preference")
+    two_steps_are_one_process(loss_type=["apo_zero", "sft"], alpha_follows="preference")
