@@ -16,7 +16,7 @@ from grpo_kernels.kernels import dispatch, ops
 from grpo_kernels.kernels.autograd import LinearPairLogps, LinearTokenLogps, PairLosses, TokenLogps
 from grpo_kernels.kernels.linear import LinearHead
 from grpo_kernels.kernels.linear_pairs import Forecast
-from grpo_kernels.kernels.linear_plan import BUDGET_OPTIONS, Budget, plan_for
+from grpo_kernels.kernels.linear_plan import BUDGET_OPTIONS, Budget, LinearPlan, plan_for
 from grpo_kernels.loss_spec import LossSpec
 from grpo_kernels.types import (
     LAYOUTS,
@@ -252,7 +252,7 @@ def linear_token_logps(
         return logps.view(shape), TokenMetrics._make(of_one.view(shape) for of_one in metrics)
     if entry.module is None:
         return _token_logps(_whole_logits(hidden, head), rows, False, entry).view(shape)
-    return _linear_token_logps(hidden, head, rows, budget, entry)[0].view(shape)
+    return _linear_token_logps(hidden, head, rows, plan_for(hidden, head, rows, budget), entry)[0].view(shape)
 
 
 def preference_losses(
@@ -432,19 +432,18 @@ def linear_logps(
         of_batch = (*ops.ROWS.pack(rows), *ops.PLAN.pack(plan), *ops.PAIRS.pack(pairs), *ops.FORECAST.pack(forecast))
         logps: Tensor = LinearPairLogps.apply(hidden, *head, *of_batch, entry.name)
         return logps
-    return _sums_over_sequences(_linear_token_logps(hidden, head, rows, budget, entry)[0], rows)
+    return _sums_over_sequences(_linear_token_logps(hidden, head, rows, plan, entry)[0], rows)
 
 
 def _linear_token_logps(
     hidden: Tensor,
     head: LinearHead,
     rows: Rows,
-    budget: Budget,
+    plan: LinearPlan,
     entry: dispatch.BackendEntry,
     with_metrics: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """(...) log-probabilities of the tokens, and their metrics (..., 4); (0,) where nobody asks for them."""
-    plan = plan_for(hidden, head, rows, budget)
     if rows.vocab_shard is not None:
         of_logits, kernels = (head.logit_scale, head.softcap), dispatch.kernels_of(entry.name)
         token_logps = vocab_parallel.VocabParallelLinearTokenLogps.apply(
@@ -463,7 +462,8 @@ def _linear_logps_and_metrics(
     if entry.module is None:
         logits = _whole_logits(hidden, head)
         return _token_logps(logits, rows, False, entry), _metrics_of_logits(logits, rows)
-    token_logps, metrics = _linear_token_logps(hidden, head, rows, budget, entry, with_metrics=True)
+    plan = plan_for(hidden, head, rows, budget)
+    token_logps, metrics = _linear_token_logps(hidden, head, rows, plan, entry, with_metrics=True)
     return token_logps, TokenMetrics.of(metrics)
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,6 +20,7 @@ from grpo_kernels import doctor
 from grpo_kernels.__main__ import main
 from grpo_kernels.batch import Rows
 from grpo_kernels.kernels import devices, linear, linear_plan, torch_chunked
+from grpo_kernels.kernels.memory import on_huge_pages
 
 
 def linear_inputs(dtype: torch.dtype, bias: bool = True) -> list[Tensor]:
@@ -244,6 +247,48 @@ def test_sums_take_no_temporary_of_their_size() -> None:
     assert max(shape.numel() for _, shape in allocations.made) < sums.numel()
     exact = unit.double().t() @ rows.double()
     assert (sums - exact).abs().max() <= 2**-8 * exact.abs().max(), "one rounding of a product to bfloat16"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_single_chunk_is_summed_up_in_nothing(dtype: torch.dtype) -> None:
+    """Its product is the weight's gradient; of the weight's size nothing else is made, in no dtype."""
+    hidden, weight = torch.randn(2, 8, 16).to(dtype), torch.randn(40, 16).to(dtype)
+    labels = torch.randint(0, 40, (2, 8))
+    labels[0, :3] = -100
+    head, rows = linear.LinearHead(weight, None), Rows.of("hidden", hidden, 40, labels, {})
+    made = {}
+    for chunk_rows in (16, 8):
+        plan = linear_plan.LinearPlan("recompute", chunk_rows, 0, (True, True, False), torch.float32)
+        token_logps, lse, kept = linear.linear_token_logps_forward(torch_chunked, hidden, head, rows, plan)
+        with Allocations() as allocations:
+            linear.linear_token_logps_backward(
+                torch_chunked, torch.ones_like(token_logps), hidden, head, rows, lse, plan, kept
+            )
+        made[chunk_rows] = [kind for kind, shape in allocations.made if shape == weight.shape]
+    assert made[16] == [dtype]
+    assert made[8][0] == torch.float32, "of two chunks there is a sum"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux's huge pages")
+def test_large_memory_is_asked_for_in_huge_pages() -> None:
+    def flags_of(x: Tensor) -> list[str]:
+        """Of the mapping that holds the middle of x."""
+        address, holds = x.data_ptr() + x.nbytes // 2, False
+        for line in Path("/proc/self/smaps").read_text().splitlines():
+            first = line.split()[0]
+            if "-" in first:
+                begin, end = (int(bound, 16) for bound in first.split("-"))
+                holds = begin <= address < end
+            elif holds and first == "VmFlags:":
+                return line.split()[1:]
+        return []
+
+    plain, x = torch.empty(1 << 26), torch.empty(1 << 26)
+    assert on_huge_pages(x) is x
+    assert "hg" in flags_of(x)
+    assert "hg" not in flags_of(plain)
+    x.fill_(1)
+    assert x.sum() == x.numel()
 
 
 def test_a_frozen_head_keeps_no_float32_of_bfloat16() -> None:

@@ -24,6 +24,7 @@ from grpo_kernels.batch import Rows
 from grpo_kernels.kernels import linear
 from grpo_kernels.kernels.contract import KernelBackend
 from grpo_kernels.kernels.linear_plan import LinearPlan
+from grpo_kernels.kernels.memory import on_huge_pages
 from grpo_kernels.kernels.once import differentiable_once
 from grpo_kernels.kernels.rows import accumulation_dtype
 from grpo_kernels.types import VocabShard
@@ -115,7 +116,7 @@ class VocabParallelTokenLogps(torch.autograd.Function):
     @differentiable_once
     def backward(ctx: Any, dtoken_logps: Tensor) -> tuple[Tensor | None, ...]:
         logits, labels, lse = ctx.saved_tensors
-        dlogits = logits if ctx.inplace_backward else logits.new_empty(logits.shape)
+        dlogits = logits if ctx.inplace_backward else on_huge_pages(logits.new_empty(logits.shape))
         ctx.kernels.token_logps_backward(dtoken_logps, logits, labels, lse, ctx.ignore_index, dlogits)
         if ctx.inplace_backward:
             torch.autograd.graph.increment_version(logits)

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from grpo_kernels.batch import Rows
 from grpo_kernels.kernels.contract import KernelBackend
+from grpo_kernels.kernels.memory import on_huge_pages
 from grpo_kernels.kernels.rows import RowIndex, accumulation_dtype, blocks, counted_chunks, new_token_outputs, take
 from grpo_kernels.kernels.token_metrics import metrics_of_chunk
 
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 
 ROWS_AT_ONCE = 64
 # Logits that the first levels of a CPU's cache hold between two readings.
-CACHED_BYTES = 1 << 20
+CACHED_BYTES = 8 << 20
 
 
 class LinearHead(NamedTuple):
@@ -118,7 +119,7 @@ def linear_token_logps_forward(
     """
     head = head.to(hidden.dtype)
     token_logps, lse = (x.zero_() for x in new_token_outputs(hidden, rows.labels))
-    kept = hidden.new_empty(kept_shape(plan, hidden, head.weight))
+    kept = on_huge_pages(hidden.new_empty(kept_shape(plan, hidden, head.weight)))
     states = kept.zero_() if plan.name == "frozen" else None
     buffer = _chunk_buffer(hidden, head, rows, plan)
     for begin, chunk, (block, block_labels, block_logps, block_lse, block_states, block_metrics) in _chunks(
@@ -159,12 +160,13 @@ def linear_token_logps_backward(
         of_rows = scaled(kept.flatten(0, -2), d.reshape(-1, 1), hidden.dtype)
         return of_rows.view(hidden.shape), None, None
     weight_dtype, head = head.weight.dtype, head.to(hidden.dtype)
-    dhidden = hidden.new_zeros(hidden.shape) if plan.needs_grad[0] else None
-    dweight, dbias = gradient_sums(hidden, head.weight, plan)
+    dhidden = on_huge_pages(hidden.new_empty(hidden.shape)).zero_() if plan.needs_grad[0] else None
+    chunks = list(_chunks(rows.ignore_index, plan.chunk_rows, hidden, rows.labels, dtoken_logps, lse, dhidden))
+    # A single chunk's product is the weight's gradient: there is nothing to sum up.
+    is_sum = len(chunks) != 1 or weight_dtype != hidden.dtype
+    dweight, dbias = gradient_sums(hidden, head.weight, plan, is_sum)
     buffer = _chunk_buffer(hidden, head, rows, plan)
-    for begin, chunk, (block, block_labels, block_dlogps, block_lse, block_dhidden) in _chunks(
-        rows.ignore_index, plan.chunk_rows, hidden, rows.labels, dtoken_logps, lse, dhidden
-    ):
+    for begin, chunk, (block, block_labels, block_dlogps, block_lse, block_dhidden) in chunks:
         chunk_hidden, chunk_labels, d = take(block, chunk), block_labels[chunk], block_dlogps[chunk].unsqueeze(1)
         end = begin + chunk_labels.shape[0]
         if end <= plan.kept_rows:
@@ -174,7 +176,7 @@ def linear_token_logps_backward(
             head.to_unit_gradient(kernels, unit, chunk_labels, block_lse[chunk], rows.ignore_index)
         if block_dhidden is not None:
             block_dhidden[chunk] = ((unit @ head.weight) * d).to(hidden.dtype)
-        add_products(dweight, dbias, unit, chunk_hidden, d)
+        add_products(dweight, dbias, unit, chunk_hidden, d, is_sum)
     return (
         dhidden,
         None if dweight is None else dweight.to(weight_dtype),
@@ -184,20 +186,30 @@ def linear_token_logps_backward(
 
 def _chunk_buffer(hidden: Tensor, head: LinearHead, rows: Rows, plan: LinearPlan) -> Tensor:
     """(chunk_rows, V) for the logits of a chunk; no rows where all that counts is kept."""
-    return hidden.new_empty(plan.chunk_rows if plan.kept_rows < rows.labels.numel() else 0, head.weight.shape[0])
+    num_rows = plan.chunk_rows if plan.kept_rows < rows.labels.numel() else 0
+    return on_huge_pages(hidden.new_empty(num_rows, head.weight.shape[0]))
 
 
-def gradient_sums(hidden: Tensor, weight: Tensor, plan: LinearPlan) -> tuple[Tensor | None, Tensor | None]:
-    """Zeros for dweight and dbias. In bfloat16 their error would grow with the number of chunks."""
+def gradient_sums(
+    hidden: Tensor, weight: Tensor, plan: LinearPlan, is_sum: bool = True
+) -> tuple[Tensor | None, Tensor | None]:
+    """Zeros for dweight and dbias. In bfloat16 their error would grow with the number of chunks.
+
+    Where the weight's is no sum, it is as yet not filled, and in the dtype of hidden.
+    """
     dtype = torch.float64 if hidden.dtype == torch.float64 else plan.accumulate_dtype
-    dweight = hidden.new_zeros(weight.shape, dtype=dtype) if plan.needs_grad[1] else None
+    dweight = None
+    if plan.needs_grad[1]:
+        dweight = on_huge_pages(hidden.new_empty(weight.shape, dtype=dtype if is_sum else hidden.dtype))
+        if is_sum:
+            dweight.zero_()
     dbias = hidden.new_zeros(weight.shape[:1], dtype=dtype) if plan.needs_grad[2] else None
     return dweight, dbias
 
 
 def scaled(rows: Tensor, factors: Tensor, dtype: torch.dtype) -> Tensor:
     """rows * factors in ``dtype``, factors () or (n, 1), with no temporary of their size."""
-    out = torch.empty(rows.shape, dtype=dtype, device=rows.device)
+    out = on_huge_pages(torch.empty(rows.shape, dtype=dtype, device=rows.device))
     if rows.is_cuda or torch.result_type(rows, factors) == dtype:
         return torch.mul(rows, factors, out=out)
     of_some = factors.split(ROWS_AT_ONCE) if factors.dim() else itertools.repeat(factors)
@@ -210,14 +222,18 @@ def scaled(rows: Tensor, factors: Tensor, dtype: torch.dtype) -> Tensor:
 WIDENED_ELEMENTS, PRODUCT_ELEMENTS = 1 << 17, 1 << 22
 
 
-def add_products(dweight: Tensor | None, dbias: Tensor | None, unit: Tensor, chunk_hidden: Tensor, d: Tensor) -> None:
-    """dweight += G^T (d hidden) and dbias += G^T d of a chunk; d (n, 1)."""
+def add_products(
+    dweight: Tensor | None, dbias: Tensor | None, unit: Tensor, chunk_hidden: Tensor, d: Tensor, is_sum: bool = True
+) -> None:
+    """dweight += G^T (d hidden), or = where it is no sum, and dbias += G^T d of a chunk; d (n, 1)."""
     if dbias is not None:
         dbias += (unit * d).sum(0, dtype=dbias.dtype)
     if dweight is None:
         return
     scaled_hidden = (chunk_hidden * d).to(chunk_hidden.dtype)
-    if dweight.dtype == scaled_hidden.dtype:
+    if not is_sum:
+        torch.mm(unit.t(), scaled_hidden, out=dweight)
+    elif dweight.dtype == scaled_hidden.dtype:
         dweight.addmm_(unit.t(), scaled_hidden)
     elif not dweight.is_cuda:
         _add_widened(dweight, unit.t(), scaled_hidden)

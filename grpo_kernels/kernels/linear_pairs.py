@@ -27,6 +27,7 @@ from grpo_kernels.batch import Pairs, Rows
 from grpo_kernels.kernels.contract import KernelBackend
 from grpo_kernels.kernels.linear import LinearHead, add_products, gradient_sums, linear_token_logps_backward, scaled
 from grpo_kernels.kernels.linear_plan import LinearPlan
+from grpo_kernels.kernels.memory import on_huge_pages
 from grpo_kernels.kernels.rows import new_token_outputs
 from grpo_kernels.segments import segment_sum
 
@@ -67,10 +68,11 @@ class Swept(NamedTuple):
     def zeros(cls, hidden: Tensor, weight: Tensor, rows: Rows, plan: LinearPlan) -> Swept:
         token_logps, lse = new_token_outputs(hidden, rows.labels.reshape(-1))
         dweight, dbias = gradient_sums(hidden, weight, plan)
+        num_states = rows.labels.numel() if plan.needs_grad[0] else 0
         return cls(
             token_logps.new_zeros(rows.num_sequences),
             lse.zero_(),
-            hidden.new_zeros(rows.labels.numel() if plan.needs_grad[0] else 0, hidden.shape[-1]),
+            on_huge_pages(hidden.new_empty(num_states, hidden.shape[-1])).zero_(),
             hidden.new_zeros(0, 0) if dweight is None else dweight,
             hidden.new_zeros(0) if dbias is None else dbias,
             hidden.new_zeros(rows.num_sequences, dtype=torch.float64),
@@ -178,7 +180,8 @@ class Sweep:
         any_open = any(chunk.is_open for chunk in chunks)
         opened = gradient_sums(self.hidden, self.head.weight, self.plan) if any_open else total
         sizes = [sum(lengths[pair] for pair in chunk.pairs) for chunk in chunks]
-        buffer = self.hidden.new_empty(max([*sizes, self.plan.chunk_rows if too_long else 0]), self.head.num_columns)
+        num_rows = max([*sizes, self.plan.chunk_rows if too_long else 0])
+        buffer = on_huge_pages(self.hidden.new_empty(num_rows, self.head.num_columns))
         if too_long:  # forward only, and first: their groups' losses must be complete, too
             for rows in self._rows_of(too_long).split(self.plan.chunk_rows):
                 self._take_logits(rows, buffer)

@@ -13,7 +13,7 @@ coefficients are known only after the whole batch, so a fourth makes the logits 
 A product fewer where weight or hidden needs no gradient. "sweep" is kernels/linear_pairs.py, the others are
 kernels/linear.py. The plan taken is the one predicted to be done first, of those whose memory fits: products at the
 device's rate or as fast as their operands can be read, row kernels and sums at its bandwidth, and launches. Within a
-hundredth of the best time the least memory wins.
+hundredth of the best time a plan that saves memory wins, not one that saves next to none with smaller chunks.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ LAUNCHES_A_CHUNK = 12
 # Shares of the device's memory that max_extra_bytes="auto" allows.
 GPU_SHARE, CPU_SHARE = 16, 32
 NEARLY_THE_BEST = 1.01
+WORTH_SAVING = 0.9  # of the memory of a plan with larger chunks
 
 
 @dataclass(frozen=True)
@@ -193,7 +194,7 @@ def _best(plans: list[LinearPlan]) -> LinearPlan:
     best = None
     for plan in plans:
         near = plan.seconds <= NEARLY_THE_BEST * fastest
-        if near and (best is None or plan.extra_bytes < best.extra_bytes):
+        if near and (best is None or plan.extra_bytes < WORTH_SAVING * best.extra_bytes):
             best = plan
     assert best is not None
     return best

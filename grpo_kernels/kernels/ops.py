@@ -21,6 +21,7 @@ from grpo_kernels.kernels.group_robust import GroupRobustTables, GroupState, Seq
 from grpo_kernels.kernels.linear import LinearHead
 from grpo_kernels.kernels.linear_pairs import Forecast, Swept
 from grpo_kernels.kernels.linear_plan import LinearPlan
+from grpo_kernels.kernels.memory import on_huge_pages
 from grpo_kernels.kernels.rows import empty_gradient, new_token_outputs
 
 ROWS = Flat(Rows, outside=("vocab_shard", "context_group"))
@@ -90,7 +91,7 @@ def _token_logps_fake(logits: Tensor, labels: Tensor, ignore_index: int, backend
 def _token_logps_backward(
     dtoken_logps: Tensor, logits: Tensor, labels: Tensor, lse: Tensor, ignore_index: int, backend: str
 ) -> Tensor:
-    dlogits = empty_gradient(logits)
+    dlogits = on_huge_pages(empty_gradient(logits))
     dispatch.kernels_of(backend).token_logps_backward(dtoken_logps, logits, labels, lse, ignore_index, dlogits)
     return dlogits
 
@@ -199,7 +200,7 @@ def _logits_of(arguments: tuple[Any, ...]) -> Tensor:
 
 
 def _group_robust_loss_backward(*arguments: Any) -> Tensor:
-    dlogits = _group_robust_loss_backward_fake(*arguments)
+    dlogits = on_huge_pages(_group_robust_loss_backward_fake(*arguments))
     _group_robust_loss_backward_into(dlogits, arguments)
     return dlogits
 
