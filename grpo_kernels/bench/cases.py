@@ -159,6 +159,9 @@ def _named() -> dict[str, Case | LinearCase]:
             cases[f"logits/{head}/groups{groups}"] = Case(4, 64, vocab_size, "bfloat16", num_groups=groups)
             linear = LinearCase(4, 64, hidden_size, vocab_size, "bfloat16", num_groups=groups)
             cases[f"linear/{head}/groups{groups}"] = linear
+    for hidden_size in (512, 2048):
+        for dtype in ("float32", "bfloat16"):
+            cases[f"linear/width{hidden_size}/{dtype}"] = LinearCase(8, 512, hidden_size, 32_000, dtype, 0.5)
     for length in (32, 64, 128, 256, 512, 1024):
         cases[f"logits/growth/tokens{8 * length}"] = Case(8, length, 32_000, "float32")
         cases[f"linear/growth/tokens{8 * length}"] = LinearCase(8, length, 512, 32_000)
