@@ -98,7 +98,7 @@ ptx: $(READY)
 bench: $(READY)
 	$(PY) -m grpo_kernels bench $(ARGS)
 
-# The README's pictures of the benchmark, from its records.
+# The pictures and tables of the benchmark in README and docs, from its records.
 RESULTS := benchmarks/results
 
 plots: $(READY)
@@ -106,6 +106,7 @@ plots: $(READY)
 	$(PY) -m grpo_kernels bench --plots-only --out $(RESULTS)/growth
 	cp $(RESULTS)/cpu/linear_8x512x512x32000_float32_ignored50_reference.png docs/images/bench_linear.png
 	cp $(RESULTS)/growth/*_growth_*.png $(RESULTS)/growth/*_roofline.png docs/images
+	$(PY) benchmarks/tables.py
 
 # On a machine with an NVIDIA GPU, with the interpreter that has its torch and triton: installs nothing but WHEELS, and
 # those in a folder of its own. PART is A, the kernels, or B, tests and peers: 270 and 300 seconds.

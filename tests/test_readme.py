@@ -14,6 +14,10 @@ import pytest
 from makefile import make_would
 
 ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import tables  # noqa: E402
+
+sys.path.remove(str(ROOT / "benchmarks"))
 TEXT = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", TEXT, re.M | re.S)
 [TRL_BLOCK] = [code for _, code in BLOCKS if "integrations.trl" in code]  # it needs a model on the disk
@@ -166,23 +170,24 @@ def test_no_pointer_leads_outside_the_repository() -> None:
             assert (ROOT / named).exists() or (path.parent / named).exists(), f"{path.relative_to(ROOT)}: {named}"
 
 
-def rows_of_tables(text: str) -> list[str]:
-    """The rows of the benchmarks' tables, without the name of their case."""
-    tables = "".join(re.findall(r"<!-- (?:linear )?benchmarks -->(.*?)<!-- /", text, re.S))
-    return [line.split(" | ", 1)[1] for line in tables.splitlines() if line.startswith("| ") and "`" in line]
-
-
 def test_benchmark_tables_are_those_of_the_records() -> None:
-    """Every record is a row of docs/benchmarks.md, number by number, nothing else is; the README has some of them."""
-    expected = []
-    for path in (ROOT / "benchmarks" / "results" / "cpu").glob("*.json"):
-        for record in json.loads(path.read_text())["records"]:
-            if "median_ms" not in record:
-                continue
-            low, high = record["iqr_ms"]
-            cells = [f"`{record['contender']}`", f"{record['median_ms']} ({low} to {high})"]
-            cells += [str(record["times_faster_than_reference"]), str(record["peak_extra_mib"])]
-            expected.append(" | ".join(cells) + " |")
-    assert sorted(rows_of_tables(page("benchmarks.md"))) == sorted(expected)
-    assert len(rows_of_tables(TEXT)) == 6
-    assert set(rows_of_tables(TEXT)) <= set(expected)
+    """Every record is a row of docs/benchmarks.md, number by number; the README has six of them."""
+    made = tables.tables()
+    for name, text in (
+        ("benchmarks", TEXT),
+        ("logits benchmarks", page("benchmarks.md")),
+        ("linear benchmarks", page("benchmarks.md")),
+    ):
+        assert f"<!-- {name} -->\n{made[name]}\n<!-- /{name} -->" in text, f"{name}: make plots writes the tables anew"
+    rows = {name: [line for line in text.splitlines() if "`" in line] for name, text in made.items()}
+    assert len(rows["benchmarks"]) == 6
+    records = [
+        record
+        for path in tables.RECORDS.glob("*.json")
+        for record in json.loads(path.read_text())["records"]
+        if "median_ms" in record
+    ]
+    assert len(records) == len(rows["logits benchmarks"]) + len(rows["linear benchmarks"])
+    for record in records:
+        cells = f"| `{record['contender']}` | {record['median_ms']} ({record['iqr_ms'][0]} to {record['iqr_ms'][1]}) |"
+        assert any(cells in row for row in rows["linear benchmarks"] + rows["logits benchmarks"])
