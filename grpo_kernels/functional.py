@@ -56,6 +56,8 @@ def sequence_logps(
             convention, ``logits[:, t]`` predicts ``labels[:, t + 1]``.
         ignore_index: label of positions that do not count, -100. Their logits are not read and get gradient 0.
         average: divide by the number of counted positions (a sequence with none has log-probability 0). False.
+        logit_scale, softcap: of a head whose mere output ``logits`` are, as in `linear_sequence_logps`: applied first,
+            in plain PyTorch and in the dtype of the logits, whose size it takes once more (twice with a softcap).
         token_weights: labels' shape, a factor of each token's log-probability (LD-DPO and other methods that weigh
             tokens), without gradient; shifted as the labels are. None: 1.
         vocab_shard: the logits are this rank's columns; one all-gather of two numbers a token. Logits that are a
@@ -359,7 +361,16 @@ def rows_of_logits(
     logits, vocab_shard = dtensor.local_logits(logits, options.get("vocab_shard"))
     labels, given = _unwrapped(labels, options)
     num_columns = logits.shape[-1] if isinstance(logits, Tensor) and logits.dim() else 0
-    return logits, Rows.of("logits", logits, num_columns, labels, {**given, "vocab_shard": vocab_shard})
+    of_head = checked_scale_and_softcap(given)
+    rows = Rows.of("logits", logits, num_columns, labels, {**given, "vocab_shard": vocab_shard})
+    return reference.capped_logits(logits, *of_head), rows
+
+
+def checked_scale_and_softcap(options: dict[str, Any]) -> tuple[float, float]:
+    """Taken out of the options; a softcap of 0 is none."""
+    logit_scale, softcap = options.pop("logit_scale", 1.0), options.pop("softcap", None)
+    validation.check_logit_options(logit_scale, softcap)
+    return float(logit_scale), float(softcap or 0)
 
 
 def _unwrapped(labels: Tensor, options: Mapping[str, object]) -> tuple[Tensor, dict[str, Any]]:
@@ -388,15 +399,15 @@ def checked_head_and_budget(
     weight: Tensor, bias: Tensor | None, options: dict[str, Any]
 ) -> tuple[LinearHead, Budget, dict[str, Any]]:
     """And the options that are left: those of rows."""
-    head = checked_head(weight, bias, options.pop("logit_scale", 1.0), options.pop("softcap", None))
+    head = checked_head(weight, bias, options)
     of_budget = {name: options.pop(name) for name in BUDGET_OPTIONS if name in options}
     return head, Budget(**of_budget), options
 
 
-def checked_head(weight: Tensor, bias: Tensor | None, logit_scale: float, softcap: float | None) -> LinearHead:
+def checked_head(weight: Tensor, bias: Tensor | None, options: dict[str, Any]) -> LinearHead:
+    """Its scale and softcap are taken out of the options."""
     validation.check_float_tensor("weight", weight)
-    validation.check_logit_options(logit_scale, softcap)
-    return LinearHead(weight, bias, float(logit_scale), float(softcap or 0))
+    return LinearHead(weight, bias, *checked_scale_and_softcap(options))
 
 
 def rows_of_hidden(

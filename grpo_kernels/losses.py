@@ -66,6 +66,8 @@ class _GroupRobustLossBase(nn.Module):
         shift_labels: bool = False,
         vocab_shard: VocabShard | None = None,
         context_group: ProcessGroup | None = None,
+        logit_scale: float = 1.0,
+        softcap: float | None = None,
         layout: str = "chosen_first",
         alpha_follows: str = "loss",
         backend: str = "auto",
@@ -76,6 +78,7 @@ class _GroupRobustLossBase(nn.Module):
             raise TypeError(f"group_weights must be a GroupWeights, got {type(group_weights).__name__}")
         validation.check_number("beta", beta, 0.0, open_low=True)
         validation.check_choice("layout", layout, LAYOUTS)
+        validation.check_logit_options(logit_scale, softcap)
         validation.check_option_names(options, SpecOptions)
         self.spec = LossSpec.of(loss_type, **options)
         validation.check_number("label_smoothing", label_smoothing, -math.inf)  # (B,) belongs to a call
@@ -101,6 +104,8 @@ class _GroupRobustLossBase(nn.Module):
         self.shift_labels = shift_labels
         self.vocab_shard = vocab_shard
         self.context_group = context_group
+        self.logit_scale = logit_scale
+        self.softcap = softcap
         self.interleaved = layout == "interleaved"
         self.backend = backend
 
@@ -266,6 +271,8 @@ class _GroupRobustLossBase(nn.Module):
             "token_weights": token_weights,
             "vocab_shard": self.vocab_shard,
             "context_group": self.context_group,
+            "logit_scale": self.logit_scale,
+            "softcap": self.softcap,
         }
 
     def train(self, mode: bool = True) -> Self:
@@ -307,7 +314,8 @@ class _GroupRobustLossBase(nn.Module):
         return (
             f"beta={self.beta}, loss_type={self.loss_type!r}, label_smoothing={self.label_smoothing}, "
             f"reference_free={self.reference_free}, average_log_prob={self.average_log_prob}, "
-            f"interleaved={self.interleaved}, backend={self.backend!r}"
+            f"interleaved={self.interleaved}, logit_scale={self.logit_scale}, softcap={self.softcap}, "
+            f"backend={self.backend!r}"
         )
 
 
@@ -329,6 +337,7 @@ class GroupRobustLoss(_GroupRobustLossBase):
         ignore_index: label of positions that do not count. -100.
         shift_labels: True where ``logits[:, t]`` predicts ``labels[:, t + 1]`` (Hugging Face). False.
         vocab_shard, context_group: where the vocabulary or the positions are sharded over ranks; see `sequence_logps`.
+        logit_scale, softcap: of a head whose output is given in place of the model's logits; see `sequence_logps`.
         layout: of the 2B sequences: "chosen_first" (the default), pair i is sequences i and B + i, or "interleaved",
             pair i is sequences 2i and 2i + 1 (NeMo-RL). The kernels that fuse the whole loss know the first only.
         alpha_follows: what moves alpha where ``loss_type`` lists "sft" beside other losses: "loss", the whole weighted
@@ -427,7 +436,7 @@ class LinearGroupRobustLoss(_GroupRobustLossBase):
     Arguments and defaults are those of `GroupRobustLoss`, without ``inplace_backward``, and
 
     Args:
-        logit_scale, softcap, max_extra_bytes, accumulate_dtype: see `linear_sequence_logps`.
+        max_extra_bytes, accumulate_dtype: see `linear_sequence_logps`.
         plan: "auto", or "sweep", "keep" or "recompute" to force what is kept for the backward; see
             `grpo_kernels.kernels.linear_plan`. Where other losses use the output's log-probabilities, too, "sweep"
             computes logits twice: prefer "keep" or "recompute".
@@ -437,23 +446,17 @@ class LinearGroupRobustLoss(_GroupRobustLossBase):
         self,
         group_weights: GroupWeights,
         *,
-        logit_scale: float = 1.0,
-        softcap: float | None = None,
         max_extra_bytes: int | str = "auto",
         plan: str = "auto",
         accumulate_dtype: torch.dtype = torch.float32,
         **options: Unpack[LossOptions],
     ) -> None:
         super().__init__(group_weights, **options)
-        validation.check_logit_options(logit_scale, softcap)
-        self.logit_scale = logit_scale
-        self.softcap = softcap
         self.budget = Budget(max_extra_bytes, plan, accumulate_dtype)
 
     def extra_repr(self) -> str:
         return (
-            f"{super().extra_repr()}, logit_scale={self.logit_scale}, softcap={self.softcap}, "
-            f"plan={self.budget.plan!r}, max_extra_bytes={self.budget.max_extra_bytes!r}, "
+            f"{super().extra_repr()}, plan={self.budget.plan!r}, max_extra_bytes={self.budget.max_extra_bytes!r}, "
             f"accumulate_dtype={self.budget.accumulate_dtype}"
         )
 
@@ -488,8 +491,9 @@ class LinearGroupRobustLoss(_GroupRobustLossBase):
             assert ref_weight is not None
             ref_logps = self._ref_logps(ref_hidden, ref_weight, ref_bias, labels, row_options)
         self._check_total_pairs(total_pairs, sharing)
-        head = checked_head(weight, bias, self.logit_scale, self.softcap)
-        hidden, head, rows = rows_of_hidden(hidden, head, labels, row_options)
+        of_rows: dict[str, Any] = {**row_options}
+        head = checked_head(weight, bias, of_rows)
+        hidden, head, rows = rows_of_hidden(hidden, head, labels, of_rows)
         pairs = self._pairs_of(rows, group_ids, ref_logps, given)
         assert pairs.group_ids is not None
         # A sweep knows the losses that pairs have, and with "preference" alpha is moved by others.
@@ -508,8 +512,6 @@ class LinearGroupRobustLoss(_GroupRobustLossBase):
             weight,
             labels,
             bias=bias,
-            logit_scale=self.logit_scale,
-            softcap=self.softcap,
             max_extra_bytes=self.budget.max_extra_bytes,
             backend=self.backend,
             **row_options,

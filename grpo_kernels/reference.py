@@ -48,7 +48,15 @@ def head_logits(
 ) -> Tensor:
     """(..., V): the whole logits of hidden states (..., D) and the head's weight (V, D), in hidden's dtype."""
     bias = None if bias is None else bias.to(hidden.dtype)
-    logits = logit_scale * torch.nn.functional.linear(hidden, weight.to(hidden.dtype), bias)
+    return capped_logits(torch.nn.functional.linear(hidden, weight.to(hidden.dtype), bias), logit_scale, softcap)
+
+
+def capped_logits(head_output: Tensor, logit_scale: float, softcap: float) -> Tensor:
+    """What a model does to its head's output z: ``logit_scale * z``, or ``softcap * tanh(logit_scale * z / softcap)``.
+
+    A scale of 1 and a softcap of 0 are none.
+    """
+    logits = head_output if logit_scale == 1 else logit_scale * head_output
     return softcap * torch.tanh(logits / softcap) if softcap else logits
 
 

@@ -48,6 +48,8 @@ class TokenOptions(TypedDict, total=False):
     shift_labels: bool
     ignore_index: int
     vocab_shard: VocabShard | None
+    logit_scale: float
+    softcap: float | None
 
 
 class RowOptions(TokenOptions, total=False):
@@ -61,8 +63,6 @@ class RowOptions(TokenOptions, total=False):
 class LinearTokenOptions(TokenOptions, total=False):
     """Keyword options of the linear path; `grpo_kernels.linear_sequence_logps` says what they mean."""
 
-    logit_scale: float
-    softcap: float | None
     max_extra_bytes: int | str
     plan: str
     accumulate_dtype: torch.dtype
@@ -94,6 +94,8 @@ class LossOptions(SpecOptions, total=False):
     shift_labels: bool
     vocab_shard: VocabShard | None
     context_group: ProcessGroup | None
+    logit_scale: float
+    softcap: float | None
     layout: str
     alpha_follows: str
     backend: str

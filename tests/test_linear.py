@@ -389,6 +389,30 @@ def test_linear_scale_and_softcap(
     truth.assert_within_budget(dhidden, exact_grads[0], plain_grads[0], "dhidden of a frozen head")
 
 
+@pytest.mark.interpreted(inplace=True, softcap=3.0)
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize(("logit_scale", "softcap"), [(0.25, None), (-1.5, 3.0)])
+def test_scale_and_softcap_of_logits_are_those_of_hidden_states(
+    backend: str, logit_scale: float, softcap: float | None, inplace: bool
+) -> None:
+    _, labels = batch()
+    hidden, weight, bias = linear_inputs(torch.float64)
+    options = {"logit_scale": logit_scale, "softcap": softcap, "reference_free": True, "backend": backend}
+    ids, results = torch.tensor([0, 1, 0]), []
+    for from_hidden in (True, False):
+        groups = gk.GroupWeights(group_sizes=[60, 40], step_size=0.5)
+        if from_hidden:
+            out = gk.LinearGroupRobustLoss(groups, **options)(hidden, weight, labels, ids, bias=bias)
+        else:
+            loss_fn = gk.GroupRobustLoss(groups, inplace_backward=inplace, **options)
+            out = loss_fn(F.linear(hidden, weight, bias), labels, ids)
+        results.append([out.loss.detach(), *torch.autograd.grad(out.loss, [hidden, weight, bias])])
+    torch.testing.assert_close(results[1], results[0], rtol=1e-12, atol=1e-13)
+    given = {"logit_scale": logit_scale, "softcap": softcap, "backend": backend}
+    tokens = gk.token_logps(F.linear(hidden, weight, bias), labels, **given)
+    torch.testing.assert_close(tokens, gk.linear_token_logps(hidden, weight, labels, bias=bias, **given))
+
+
 def test_linear_weight_of_another_dtype(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Products in hidden's dtype; the weight's gradient in its own, summed in float32 and not rounded to bfloat16."""
     monkeypatch.setattr(linear_plan, "CHUNK_ELEMENTS", 13 * 4)
