@@ -49,6 +49,7 @@ class LinearShape:
     """``longest_pair``: tokens that a sweep's chunk should hold; accumulators: (V, D) sums that a sweep needs, or 0.
 
     ``itemsize``: of hidden and of the products' operands; ``weight_itemsize``: of the weight and its gradient.
+    ``in_one_block``: chunks of rows may cross from a sequence to the next (see `rows.blocks`).
     """
 
     num_rows: int
@@ -62,6 +63,7 @@ class LinearShape:
     accumulate_dtype: torch.dtype = torch.float32
     weight_itemsize: int = 0
     has_softcap: bool = False
+    in_one_block: bool = True
 
     @property
     def head_elements(self) -> int:
@@ -74,6 +76,11 @@ class LinearShape:
     @property
     def on_cpu(self) -> bool:
         return self.device.name == "cpu"
+
+    def sums_up(self, name: str, chunk_rows: int) -> bool:
+        """Whether the weight's gradient is a sum over chunks: a single one's product is the gradient itself."""
+        one_chunk = name != "sweep" and self.in_one_block and chunk_rows >= self.num_rows
+        return self.needs_grad[1] and not (one_chunk and self.weight_itemsize in (0, self.itemsize))
 
 
 @dataclass(frozen=True)
@@ -133,6 +140,7 @@ def plan_for(hidden: Tensor, head: LinearHead, rows: Rows, budget: Budget, accum
         budget.accumulate_dtype,
         head.weight.element_size(),
         bool(head.softcap),
+        hidden.is_contiguous() and rows.labels.is_contiguous(),
     )
     if rows.vocab_shard is None:
         return plan_of(shape, budget.bytes_on(shape.device), budget.plan)
@@ -177,9 +185,10 @@ def best_plans(shape: LinearShape, max_extra_bytes: int) -> list[LinearPlan]:
         fitting = [plan for plan in _plans(shape, name, max_extra_bytes) if plan.extra_bytes <= max_extra_bytes]
         if not fitting and name == names[0]:
             # What cannot be done without does not fit: chunks of the memory that was allowed, then, or the smallest.
-            needed = _needed_bytes(shape, name)
             every = list(_plans(shape, name, max_extra_bytes))
-            fitting = [plan for plan in every if plan.extra_bytes - needed <= max_extra_bytes] or every[-1:]
+            needed = {plan.chunk_rows: _needed_bytes(shape, name, plan.chunk_rows) for plan in every}
+            fitting = [plan for plan in every if plan.extra_bytes - needed[plan.chunk_rows] <= max_extra_bytes]
+            fitting = fitting or every[-1:]
         if fitting:
             plans.append(_best(fitting))
     return plans
@@ -223,7 +232,7 @@ def _plans(shape: LinearShape, name: str, max_extra_bytes: int) -> Iterator[Line
         chunk = max(MIN_CHUNK_ROWS, chunk // 2)
 
 
-def _needed_bytes(shape: LinearShape, name: str) -> int:
+def _needed_bytes(shape: LinearShape, name: str, chunk_rows: int) -> int:
     """The head in hidden's dtype, hidden's unit gradient, and sums that are not the gradient themselves."""
     needed, weight_itemsize = 0, shape.weight_itemsize or shape.itemsize
     if weight_itemsize != shape.itemsize:
@@ -232,7 +241,7 @@ def _needed_bytes(shape: LinearShape, name: str) -> int:
         needed += shape.num_rows * shape.hidden_size * shape.itemsize
     if shape.needs_grad[1] and name == "sweep":
         needed += shape.accumulators * shape.head_elements * shape.sum_itemsize
-    elif shape.needs_grad[1] and shape.sum_itemsize != weight_itemsize:
+    elif shape.sums_up(name, chunk_rows) and shape.sum_itemsize != weight_itemsize:
         needed += shape.head_elements * shape.sum_itemsize
     return needed
 
@@ -250,7 +259,7 @@ def _plan(shape: LinearShape, name: str, chunk_rows: int, kept_rows: int) -> Lin
     extra = chunk_rows * (logits_row * (1 + shape.has_softcap) + 3 * shape.hidden_size * shape.itemsize)
     if kept_rows >= rows and name == "keep":
         extra -= chunk_rows * logits_row
-    extra += kept_rows * logits_row + _needed_bytes(shape, name)
+    extra += kept_rows * logits_row + _needed_bytes(shape, name, chunk_rows)
 
     # Time. A product of few rows is as slow as its operands are read.
     device = shape.device
@@ -260,7 +269,7 @@ def _plan(shape: LinearShape, name: str, chunk_rows: int, kept_rows: int) -> Lin
     seconds = products * (rows / chunk_rows) * one_product
     passes = 1 if name == "none" else 3  # the forward reads, the gradient reads and writes
     traffic = passes * rows * logits_row
-    if needs[1] and name != "none":
+    if shape.sums_up(name, chunk_rows):
         # Into the sum: it is read and written. On a CPU a narrower product is written, read and widened first.
         narrower = shape.on_cpu and shape.itemsize < shape.sum_itemsize
         traffic += chunks * shape.head_elements * (2 * shape.sum_itemsize + 2 * shape.itemsize * narrower)
