@@ -24,7 +24,7 @@ from grpo_kernels.kernels.group_robust import (
     new_tables,
     upstream_of,
 )
-from grpo_kernels.kernels.rows import accumulation_dtype
+from grpo_kernels.kernels.rows import accumulation_dtype, new_token_outputs
 
 try:
     from grpo_kernels._C import cuda as _built  # type: ignore[attr-defined, unused-ignore]
@@ -52,9 +52,7 @@ def token_logps_forward(
     logits: Tensor, labels: Tensor, ignore_index: int, splits: int | None = None
 ) -> tuple[Tensor, Tensor]:
     """The contract's function. ``splits``: blocks a row, by the rule above where None."""
-    acc = accumulation_dtype(logits)
-    token_logps = torch.empty(labels.shape, dtype=acc, device=logits.device)
-    lse = torch.empty(*labels.shape, 2, dtype=acc, device=logits.device)
+    token_logps, lse = new_token_outputs(logits, labels)
     splits = splits or row_splits(logits, labels.numel())
     partial = _partial(lse, labels.numel(), splits)
     labels = labels.contiguous()

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from grpo_kernels import _C
-from grpo_kernels.kernels.rows import accumulation_dtype
+from grpo_kernels.kernels.rows import accumulation_dtype, new_token_outputs
 
 INSTRUCTION_SET = _C.instruction_sets()[0]
 """The best that this machine can run. Tests set the others."""
@@ -30,8 +30,7 @@ def token_logps_forward(
 ) -> tuple[Tensor, Tensor]:
     """The contract's function. ``num_threads``: PyTorch's where None."""
     shape = _checked(logits, labels)
-    token_logps = torch.empty(labels.shape, dtype=accumulation_dtype(logits), device=logits.device)
-    lse = torch.empty(*labels.shape, 2, dtype=token_logps.dtype, device=logits.device)
+    token_logps, lse = new_token_outputs(logits, labels)
     _C.token_logps_forward(
         INSTRUCTION_SET,
         DTYPES[logits.dtype],

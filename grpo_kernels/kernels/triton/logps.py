@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from grpo_kernels.kernels.group_robust import Upstream, upstream_of
-from grpo_kernels.kernels.rows import accumulation_dtype
+from grpo_kernels.kernels.rows import accumulation_dtype, new_token_outputs
 from grpo_kernels.kernels.triton.launch import (
     aligned_origin,
     alike,
@@ -394,16 +394,14 @@ def token_logps_forward(
     logits: Tensor, labels: Tensor, ignore_index: int, splits: int | None = None
 ) -> tuple[Tensor, Tensor]:
     """The contract's function. ``splits``: programs a row, by the table where None."""
-    acc = accumulation_dtype(logits)
-    token_logps = torch.empty(labels.shape, dtype=acc, device=logits.device)
-    lse = torch.empty(*labels.shape, 2, dtype=acc, device=logits.device)
+    token_logps, lse = new_token_outputs(logits, labels)
     num_rows, vocab_size = labels.numel(), logits.shape[-1]
     if num_rows == 0:
         return token_logps, lse
     tile = tile_for("forward", logits.itemsize, vocab_size, logits.stride(-1) != 1)
     if splits is None:
         splits = row_splits(num_rows, vocab_size, tile.block, multiprocessors(logits.device))
-    partial = torch.empty(2 * num_rows * splits, dtype=acc, device=logits.device) if splits > 1 else lse
+    partial = torch.empty(2 * num_rows * splits, dtype=lse.dtype, device=logits.device) if splits > 1 else lse
     origin, skipped = aligned_origin(logits)
     shape = (num_rows, positions(logits), vocab_size, skipped, *strides_of(logits), ignore_index)
     arguments = (origin, labels.contiguous(), token_logps, lse, partial, *shape)
@@ -414,12 +412,12 @@ def token_logps_forward(
             THREADS=tile.threads,
             SPLITS=splits,
             **layout(logits, skipped),
-            ACC=triton_dtype(acc),
+            ACC=triton_dtype(lse.dtype),
             **tile.launch_options(),
         )
         if splits > 1:
             _merge_splits_kernel[(triton.cdiv(num_rows, MERGED_ROWS),)](
-                *arguments, MERGED_ROWS=MERGED_ROWS, SPLITS=splits, ACC=triton_dtype(acc), num_warps=4
+                *arguments, MERGED_ROWS=MERGED_ROWS, SPLITS=splits, ACC=triton_dtype(lse.dtype), num_warps=4
             )
     return token_logps, lse
 
