@@ -404,7 +404,7 @@ class GroupRobustLoss(_GroupRobustLossBase):
             validation.check_no_overlap("logits", logits)
         groups = self.group_weights
         update = groups.update_of_forward(self.training)
-        groups.check_ranks(update)
+        groups.check_ranks(update, logits)
         of_operator = (*ops.ROWS.pack(rows), *ops.PAIRS.pack(pairs), *ops.GROUPS.pack(groups.fused_state(update)))
         found = FusedGroupRobustLoss.apply(self.inplace_backward, backend, logits, *of_operator)
         loss, of_sequences, of_pairs, of_groups, counts = found

@@ -1,7 +1,8 @@
 """What an engine does with the gradients of data-parallel ranks: average them or add them up.
 
 DistributedDataParallel, FSDP2 and DeepSpeed say so. Where nobody does, a `Probe` measures it at the first step of an
-optimizer, and refuses the step if it is not what was taken for granted.
+optimizer, and refuses the step if it is not what was taken for granted. It cannot be put there unasked: gradients that
+were clipped or scaled before the step look as if they were reduced otherwise.
 """
 
 from __future__ import annotations
@@ -63,6 +64,35 @@ def _check_size(engine: str, size: int, num_ranks: int) -> None:
         raise ValueError(
             f"process_group must be the data-parallel ranks, or a part of those that {engine} averages over: "
             f"{num_ranks} ranks against {size}"
+        )
+
+
+def check_not_summed(of_model: Tensor) -> None:
+    """Refuse "mean" where FSDP2 adds up: modules that it shards within the model leave nodes in the autograd graph.
+
+    (The root leaves none, for its inputs are tokens, and nor do other engines.) "sum" is believed where FSDP2 averages:
+    a loop may multiply the loss by the number of ranks, as NeMo-RL's does.
+
+    Raises:
+        ValueError: all such modules have the divide factor 1.
+    """
+    nodes, seen, factors = [of_model.grad_fn], {None}, set()
+    while nodes:
+        node = nodes.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        nodes.extend(before for before, _ in node.next_functions)
+        if type(node).__name__ == "RegisterPostBackwardFunctionBackward":
+            factors.add(node.param_group.gradient_divide_factor)
+    if factors == {1}:
+        check_answer("sum", "mean")
+
+
+def check_answer(of_engine: str, taken_for: str) -> None:
+    if of_engine not in (UNKNOWN, taken_for):
+        raise ValueError(
+            f"gradient_reduction must be {of_engine!r}, for so the model's engine reduces, got {taken_for!r}"
         )
 
 

@@ -17,6 +17,7 @@ class Watch:
         self._forwards: list[tuple[int, Any]] = []  # (pairs of the rank, total_pairs) since the last step()
         self._has_counted = False
         self._has_checked_total = False
+        self.has_checked_graph = False  # of the first forward, for what FSDP2 does
 
     def once(self, kind: str, text: str) -> None:
         if kind not in self._said:

@@ -65,7 +65,9 @@ class GroupWeights(AlphaUpdates):
             the whole batch on every rank; all must call it together. Forwards in eval mode or under no_grad are the
             rank's own and communicate nothing.
         gradient_reduction: "mean" where the engine averages gradients over those ranks (DDP, FSDP, ZeRO), "sum" where
-            it adds them up, "auto" where `find_gradient_reduction` is to tell.
+            it adds them up, or the loop multiplies the loss by the number of ranks; "auto" where
+            `find_gradient_reduction` is to tell. "mean" is refused by the first forward of modules whose gradients
+            FSDP2 adds up; anything else that is wrong is believed unless `find_gradient_reduction` is called.
         loss_ema: d in [0, 1): alpha is moved by a running mean of L_g, ``(1 - d) sum_j d^j L_g(t - j)``, its weights
             normalised to 1. With "group_mean" a group's mean goes on when a batch has it, and it takes part in the
             rule from the first time on.
@@ -165,11 +167,7 @@ class GroupWeights(AlphaUpdates):
             self.gradient_reduction = "mean" if found == reduction.UNKNOWN else found
         if found == reduction.UNKNOWN:
             reduction.Probe(model, self.gradient_reduction, self.process_group)
-        elif found != self.gradient_reduction:
-            raise ValueError(
-                f"gradient_reduction must be {found!r}, for so the model's engine reduces, got "
-                f"{self.gradient_reduction!r}"
-            )
+        reduction.check_answer(found, self.gradient_reduction)
         return self.gradient_reduction
 
     def loss_sums(self, losses: Tensor, members: Memberships, training: bool) -> Tensor:
@@ -209,7 +207,7 @@ class GroupWeights(AlphaUpdates):
             another; ``training`` is the loss's own mode; ``sums_of_alpha`` (K,) move alpha in place of the losses'.
         """
         update = self.update_of_forward(training)
-        self.check_ranks(update)
+        self.check_ranks(update, group_loss_sums)
         own_sums, several_ranks = group_loss_sums.detach(), update != "none" and self.num_ranks > 1
         if update != "none":
             own_sums = as_the_forward_finds_it(own_sums)  # in lagged mode, too, it must not be run again
@@ -272,13 +270,20 @@ class GroupWeights(AlphaUpdates):
                     f"{self.num_ranks} ranks would count each pair more than once and multiply gradients"
                 )
 
-    def check_ranks(self, update: str) -> None:
-        """Refuse what several ranks cannot do exactly."""
-        if update == "recomputed" and self.num_ranks > 1:
+    def check_ranks(self, update: str, of_model: Tensor) -> None:
+        """Refuse what several ranks cannot do exactly; ``of_model`` has the autograd graph of the model's forward."""
+        if update == "none" or self.num_ranks == 1:
+            return
+        if update == "recomputed":
             raise RuntimeError(
                 "a GroupRobustLoss over several ranks cannot be run again by activation checkpointing: keep the loss "
                 "outside the checkpointed region"
             )
+        if self._watch.has_checked_graph or torch.compiler.is_compiling():
+            return
+        self._watch.has_checked_graph = True
+        if self.gradient_reduction == "mean":
+            reduction.check_not_summed(of_model)
 
     def update_of_forward(self, training: bool = True) -> str:
         """What a forward of the loss has to do now: "inline", "lagged", "recomputed" or "none".

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import warnings
 
 import pytest
@@ -337,6 +338,35 @@ def _factor_one(mesh: object) -> list[nn.Module]:
     model = fully_shard(Model(), mesh=mesh)
     model.set_gradient_divide_factor(1)
     return [model]
+
+
+@case_of_two_ranks
+def mean_is_refused_where_fsdp2_adds_up() -> None:
+    """By the first training forward, unasked. "sum" is believed, for a loop may multiply the loss."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    rank, _ = rank_and_world()
+    mesh = init_device_mesh("cpu", (2,))
+    _, labels, ids, ref = part(pairs(4), shares(4, 2)[rank])
+    for of_parts, refused in (((None, None), False), ((1, 1), True), ((1, None), False), ((3, 3), False)):
+        model = Model().double()
+        model.mix = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6)).double()
+        for module, factor in zip((*model.mix, model), (*of_parts, None), strict=True):
+            fully_shard(module, mesh=mesh)
+            if factor:
+                module.set_gradient_divide_factor(factor)
+        for backend, said in itertools.product(backends(interpreted=False), ("mean", "sum")):
+            loss_fn = gk.GroupRobustLoss(weights(None, gradient_reduction=said), backend=backend)
+            before = loss_fn.group_weights.alpha
+            with torch.no_grad():
+                loss_fn(model(tokens_of(labels)), labels, ids, ref)  # an evaluation reduces nothing
+            if refused and said == "mean":
+                with pytest.raises(ValueError, match="must be 'sum', for so the model's engine reduces, got 'mean'"):
+                    loss_fn(model(tokens_of(labels)), labels, ids, ref)
+                assert torch.equal(loss_fn.group_weights.alpha, before), "nothing moved"
+            else:
+                loss_fn(model(tokens_of(labels)), labels, ids, ref)
 
 
 @case_of_two_ranks
