@@ -21,7 +21,8 @@ SHELL = {  # what a page may tell the reader to type, beside README.md's; each i
     "torchrun --nproc-per-node 2 examples/fsdp2.py",
     "torchrun --nproc-per-node 4 examples/tensor_parallel.py",
 }
-RUN_HERE, RUN_ELSEWHERE = {"first-loop.md", "choosing.md", "losses.md"}, {"extending.md", "trl.md"}  # test_{extending,nemo_rl}.py
+# Elsewhere: test_extending.py, test_nemo_rl.py.
+RUN_HERE, RUN_ELSEWHERE = {"first-loop.md", "choosing.md", "losses.md"}, {"extending.md", "trl.md"}
 
 
 def blocks(name: str) -> list[tuple[str, str]]:

@@ -66,16 +66,18 @@ def test_every_entry_has_a_textbook_and_a_description() -> None:
 
 @pytest.mark.parametrize("name", EVERY)
 def test_value_and_slopes(name: str) -> None:
-    options, e = EVERY[name], smoothing_of(EVERY[name])
+    """With one label smoothing for all pairs, and with one for each."""
+    options, smoothing = EVERY[name], smoothing_of(EVERY[name])
     logps, ref, counts = sequences()
     ref_logps = ref if uses_reference(options) else None
-    got = gk.preference_losses(logps, ref_logps, beta=BETA, label_smoothing=e, token_counts=counts, **options)
-    expected = textbook(logps, ref_logps, counts, options, e)
-    torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-12)
-    upstream = torch.linspace(-1, 2, len(got)).double()
-    grads = [torch.autograd.grad(x, logps, upstream)[0] for x in (got, expected)]
-    torch.testing.assert_close(*grads, rtol=1e-9, atol=1e-11)
-    assert grads[0].abs().sum() > 0
+    for e in (smoothing, torch.linspace(0.05, 0.45, 40).double()) if smoothing else (smoothing,):
+        got = gk.preference_losses(logps, ref_logps, beta=BETA, label_smoothing=e, token_counts=counts, **options)
+        expected = textbook(logps, ref_logps, counts, options, e)
+        torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-12)
+        upstream = torch.linspace(-1, 2, len(got)).double()
+        grads = [torch.autograd.grad(x, logps, upstream)[0] for x in (got, expected)]
+        torch.testing.assert_close(*grads, rtol=1e-9, atol=1e-11)
+        assert grads[0].abs().sum() > 0
 
 
 @pytest.mark.parametrize("name", PAIR_LOSSES)
