@@ -76,10 +76,12 @@ def check_not_summed(of_model: Tensor) -> None:
     Raises:
         ValueError: all such modules have the divide factor 1.
     """
-    nodes, seen, factors = [of_model.grad_fn], {None}, set()
+    nodes: list[Any] = [of_model.grad_fn]
+    seen: set[Any] = set()
+    factors = set()
     while nodes:
         node = nodes.pop()
-        if node in seen:
+        if node is None or node in seen:
             continue
         seen.add(node)
         nodes.extend(before for before, _ in node.next_functions)
