@@ -6,6 +6,7 @@ import copy
 import os
 import socket
 import traceback
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -361,15 +362,39 @@ def test_streamed_data_needs_sizes(tmp_path: Path) -> None:
     of = trainer(tmp_path, data=pairs().to_iterable_dataset(), group_sizes=sizes, max_steps=2)
     of.train()
     assert of.group_weights.group_sizes.tolist() == [6, 6, 12]
-    with pytest.raises(ValueError, match=r"group 'rare' is not in the training data, which has \['other', 'usual'\]"):
+    with pytest.raises(ValueError, match=r"group 'rare' is not in args.group_sizes, which has \['other', 'usual'\]"):
         trainer(tmp_path, data=pairs().to_iterable_dataset(), group_sizes={"usual": 12, "other": 6}).train()
 
 
+def test_sizes_beside_data_that_can_be_counted(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match=r"'usual': 12\}: the share of \['other', 'rare', 'usual'\] is off"):
+        of = trainer(tmp_path, group_sizes={"usual": 4, "rare": 4, "other": 4})
+    assert of.group_weights.group_sizes.tolist() == [4, 4, 4]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="group_sizes")
+        trainer(tmp_path, group_sizes={"usual": 200, "rare": 103, "other": 97})
+
+
+def test_trl_s_own_trainer_refuses_the_config(tmp_path: Path) -> None:
+    """One of the two lines changed alone would train plain DPO."""
+    args = config(tmp_path, max_steps=1)
+    of = trl.DPOTrainer(llama(), llama(), args, train_dataset=pairs(), processing_class=tokenizer())
+    with pytest.raises(TypeError, match="must be given to a GroupRobustDPOTrainer"):
+        of.train()
+
+
 def test_errors(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"must have a column 'group', it has \['chosen', 'prompt', 'rejected'\]$"):
+    with pytest.raises(
+        ValueError, match=r"must have a column 'group', it has \[[^g]*\]; pass its name as group_column="
+    ):
         trainer(tmp_path, data=pairs().remove_columns("group"))
     with pytest.raises(ValueError, match=r"is it 'groups'\? Pass group_column='groups'"):
         trainer(tmp_path, data=pairs().rename_column("group", "groups"))
+    with pytest.raises(ValueError, match=r"train_dataset has groups that args.group_sizes lacks: 'rare' \(6 pairs\)"):
+        trainer(tmp_path, group_sizes={"usual": 6, "other": 6})
+    for name, wrong in (("group_step_size", -1.0), ("group_update", "inlin"), ("group_estimator", "mean")):
+        with pytest.raises(ValueError, match=f"^{name} must be"):
+            trainer(tmp_path, **{name: wrong}, gradient_accumulation_steps=2)
     new = pairs(4).map(lambda _: {"group": "unheard"})
     with pytest.raises(ValueError, match=r"groups that the training data lacks: 'unheard' \(4 pairs\)"):
         trainer(tmp_path, eval_data=new)

@@ -95,7 +95,7 @@ def test_a_set_prepared_by_a_trainer_of_other_groups() -> None:
     of = trainer(data=pairs(["0", "a", "b"] * 2))
     got = of.evaluate(prepared)
     assert [got[f"eval_groups/{name}/count"] for name in "0ab"] == [0, 1, 2]
-    with pytest.raises(ValueError, match=r"lacks: '0' \(1 pairs\); it has \['a', 'b'\]"):
+    with pytest.raises(ValueError, match=r"lacks: '0' \(1 pairs\); known are \['a', 'b'\]"):
         trainer().evaluate(trainer(data=pairs(["0", "a"]), eval_data=pairs(["0"])).eval_dataset)
 
 

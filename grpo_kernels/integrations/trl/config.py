@@ -14,6 +14,7 @@ from grpo_kernels.groups.rules import ALPHA_RULES
 from grpo_kernels.groups.weights import GroupWeights
 from grpo_kernels.kernels.linear_plan import PLANS
 from grpo_kernels.loss_spec import LossSpec
+from grpo_kernels.types import ESTIMATORS, UPDATE_MODES
 
 try:
     import trl
@@ -122,7 +123,8 @@ class GroupRobustDPOConfig(DPOConfig):
         },
     )
     group_sizes: dict[str, int] | str | None = field(
-        default=None, metadata={"help": "Pairs of each group, a dict (or JSON); needed for streamed data only."}
+        default=None,
+        metadata={"help": "Pairs of each group, a dict (or JSON). Streamed data need it; others are counted."},
     )
     weight_column: str | None = field(default=None, metadata={"help": "Column with a weight >= 0 of each pair's loss."})
     margin_column: str | None = field(
@@ -170,6 +172,7 @@ class GroupRobustDPOConfig(DPOConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.is_of_group_trainer = False  # GroupRobustDPOTrainer sets it; no field, so that no log or file has it
         self._check_step_size()
         self._check_losses()
         self._check_groups()
@@ -189,6 +192,17 @@ class GroupRobustDPOConfig(DPOConfig):
     @property
     def linear_bytes(self) -> int | str:
         return "auto" if self.max_extra_bytes is None else self.max_extra_bytes
+
+    def get_warmup_steps(self, num_training_steps: int) -> int:
+        """
+        Raises:
+            TypeError: another trainer asks, in front of its first step. It would train without groups, and say nothing.
+        """
+        if not self.is_of_group_trainer:
+            raise TypeError(
+                "a GroupRobustDPOConfig must be given to a GroupRobustDPOTrainer: another trainer ignores the groups"
+            )
+        return super().get_warmup_steps(num_training_steps)
 
     def check_logits_path(self) -> None:
         """
@@ -225,6 +239,8 @@ class GroupRobustDPOConfig(DPOConfig):
                 self.group_step_size = float(self.group_step_size)
             except ValueError:
                 raise ValueError(f"group_step_size must be a number or 'auto', got {self.group_step_size!r}") from None
+        if self.group_step_size not in (None, "auto"):
+            validation.check_number("group_step_size", self.group_step_size, 0.0)
 
     def _check_losses(self) -> None:
         for name, (taken, reason) in REFUSED.items():
@@ -257,6 +273,9 @@ class GroupRobustDPOConfig(DPOConfig):
             )
 
     def _check_groups(self) -> None:
+        validation.check_choice("group_estimator", self.group_estimator, ESTIMATORS)
+        if self.group_update is not None:
+            validation.check_choice("group_update", self.group_update, UPDATE_MODES)
         for name in ("group_options", "group_sizes"):
             if not isinstance(getattr(self, name), dict | None):
                 raise TypeError(f"{name} must be a dict, or one as JSON, got {getattr(self, name)!r}")

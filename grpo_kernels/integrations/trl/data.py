@@ -14,6 +14,7 @@ import torch
 from datasets import Dataset, IterableDataset
 
 GROUP_IDS = "group_ids"  # the batch's entry
+PREPARED = " (name)"  # ends the name of the column that is made
 PAIR_OPTIONS = {  # what is a number a pair
     "weights": "weight_column",
     "margin": "margin_column",
@@ -34,7 +35,7 @@ class GroupColumn:
 
     @property
     def prepared(self) -> str:
-        return f"{self.name} (name)"
+        return f"{self.name}{PREPARED}"
 
     def names_in(self, dataset: Dataset, which: str) -> list[str]:
         """Each pair's group."""
@@ -55,21 +56,29 @@ class GroupColumn:
                 return dataset
             check_columns(dataset, {"group_column": self.name}, which)
             feature = (dataset.features or {}).get(self.name)
-            return dataset.map(_with_name, fn_kwargs={"column": self, "feature": feature, "known": known})
+            options = {"column": self, "feature": feature, "known": known, "source": _source(which)}
+            return dataset.map(_with_name, fn_kwargs=options)
         names = self.names_in(dataset, which)
         unseen = Counter(name for name in names if known is not None and name not in known)
         if unseen:
             listed = ", ".join(f"{name!r} ({count} pairs)" for name, count in sorted(unseen.items()))
-            raise ValueError(f"{which} has groups that the training data lacks: {listed}; it has {known}")
+            raise ValueError(f"{which} has groups that {_source(which)} lacks: {listed}; known are {known}")
         if self.prepared in dataset.column_names:
             dataset = dataset.remove_columns(self.prepared)
         return dataset.add_column(self.prepared, names)
 
 
-def _with_name(pair: dict[str, Any], column: GroupColumn, feature: Any, known: list[str] | None) -> dict[str, str]:
+def _source(which: str) -> str:
+    """Where the known groups are from. Those of a training set come from itself, unless group_sizes says them."""
+    return "args.group_sizes" if which == "train_dataset" else "the training data"
+
+
+def _with_name(
+    pair: dict[str, Any], column: GroupColumn, feature: Any, known: list[str] | None, source: str
+) -> dict[str, str]:
     name = _name(pair[column.name], feature, f"a pair's {column.name!r}")
     if known is not None and name not in known:
-        raise ValueError(f"group {name!r} is not in the training data, which has {known}")
+        raise ValueError(f"group {name!r} is not in {source}, which has {known}")
     return {column.prepared: name}
 
 
@@ -101,9 +110,10 @@ def check_columns(dataset: Any, wanted: dict[str, str], which: str) -> None:
     columns = _column_names(dataset)
     for option, name in wanted.items():
         if name not in columns:
-            close = difflib.get_close_matches(name, columns, n=1)
-            hint = f"; is it {close[0]!r}? Pass {option}={close[0]!r} to the config" if close else ""
-            raise ValueError(f"{which} must have a column {name!r}, it has {sorted(columns)}{hint}")
+            own = sorted(column for column in columns if not column.endswith(PREPARED))
+            close = difflib.get_close_matches(name, own, n=1)
+            hint = f"is it {close[0]!r}? Pass {option}={close[0]!r}" if close else f"pass its name as {option}="
+            raise ValueError(f"{which} must have a column {name!r}, it has {own}; {hint} to the config")
 
 
 def check_pair_numbers(dataset: Any, columns: dict[str, str], which: str) -> None:
@@ -146,6 +156,18 @@ def warn_of_near_equal(names: Iterable[str]) -> None:
     pairs = [near for near in alike.values() if len(near) > 1]
     if pairs:
         warnings.warn(f"groups whose names differ in spaces or case only are groups apart: {pairs}", stacklevel=2)
+
+
+def warn_of_other_sizes(given: dict[str, int], counted: dict[str, int]) -> None:
+    """``group_sizes`` beside data that can be counted: only its proportions matter to the estimator."""
+    total, pairs = sum(given.values()), sum(counted.values())
+    off = [name for name in counted if abs(counted[name] * total - given[name] * pairs) > 0.1 * given[name] * pairs]
+    if off:
+        warnings.warn(
+            f"group_sizes {given} are not in proportion to the training data's {counted}: the share of {off} "
+            "is off by more than a tenth. Pairs are weighed by the sizes given; without group_sizes they are counted",
+            stacklevel=2,
+        )
 
 
 def each(datasets: Any, which: str, prepare: Callable[[Any, str], Any]) -> Any:

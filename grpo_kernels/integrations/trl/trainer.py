@@ -73,6 +73,7 @@ class GroupRobustDPOTrainer(DPOTrainer):
             args = GroupRobustDPOConfig(f"{models.name_of(model)}-group-robust-DPO")
         if not isinstance(args, GroupRobustDPOConfig):
             raise TypeError(f"args must be a GroupRobustDPOConfig, got {type(args).__name__}")
+        args.is_of_group_trainer = True
         if train_dataset is None:
             raise ValueError("`train_dataset` is required: groups and their sizes are its own")
         if not isinstance(model, str):
@@ -125,9 +126,12 @@ class GroupRobustDPOTrainer(DPOTrainer):
     def _group_sizes(self) -> list[int]:
         """Counted after TRL has dropped the pairs whose prompt fills max_length."""
         given: Any = self.args.group_sizes
+        is_streamed = isinstance(self.train_dataset, IterableDataset)
+        counts = Counter() if is_streamed else Counter(self.train_dataset[self.group_column.prepared])
         if given is not None:
+            if not is_streamed:
+                of_data.warn_of_other_sizes(given, {name: counts[name] for name in self.group_names})
             return [given[name] for name in self.group_names]
-        counts = Counter(self.train_dataset[self.group_column.prepared])
         lost = [name for name in self.group_names if not counts[name]]
         if lost:
             raise ValueError(f"max_length={self.args.max_length} leaves no training pair of the groups {lost}")
