@@ -1,4 +1,4 @@
-"""What the commands show while they run: progress bars, and the colours of their pictures."""
+"""What the commands show: progress bars while they run, and figures and colours of their pictures."""
 
 from __future__ import annotations
 
@@ -14,6 +14,20 @@ def make_console() -> Any:
     from rich.console import Console
 
     return Console()
+
+
+def make_figure(rows: int, columns: int, size: tuple[float, float], **options: Any) -> tuple[Any, Any]:
+    """A figure that needs no display, and its axes (rows, columns) in the style of all pictures."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=size, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(rows, columns, squeeze=False, **options)
+    for one in axes.flat:
+        one.grid(alpha=0.3)
+        one.spines[["top", "right"]].set_visible(False)
+    return figure, axes
 
 
 class ProgressBar:

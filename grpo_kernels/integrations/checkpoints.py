@@ -151,6 +151,19 @@ def digest_of_files(name: str | None) -> str:
     return of_all.hexdigest()
 
 
+def stored_run(file: Path, resume: bool) -> dict[str, Any]:
+    """What the run that is to be resumed has stored in its folder; {} of a new run.
+
+    Raises:
+        ValueError: there is no run to resume, or one is in the way.
+    """
+    if resume and not file.is_file():
+        raise ValueError(f"out must hold a run to resume, {str(file.parent)!r} has no {file.name}")
+    if not resume and file.exists():
+        raise ValueError(f"out must not hold a run already: {str(file.parent)!r} does; --resume goes on with it")
+    return json.loads(file.read_text()) if resume else {}
+
+
 def check_unchanged(saved: dict[str, Any], now: dict[str, Any]) -> None:
     """
     Raises:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from grpo_kernels.console import COLOURS
+from grpo_kernels.console import COLOURS, make_figure
 from grpo_kernels.paper import robustness
 from grpo_kernels.paper.bandit import FEATURES, SCENARIOS
 from grpo_kernels.paper.batched import Runs
@@ -84,23 +84,10 @@ def save_pictures(results: dict[str, Any], histories: dict[str, Runs], cells: li
         figure.savefig(out / f"{name}.png", dpi=110)
 
 
-def _figure(rows: int, columns: int, size: tuple[float, float]) -> tuple[Any, Any]:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=size, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots(rows, columns, squeeze=False)
-    for one in axes.flat:
-        one.grid(alpha=0.3)
-        one.spines[["top", "right"]].set_visible(False)
-    return figure, axes
-
-
 def _curves(results: dict[str, Any], histories: dict[str, Runs], cells: list[tuple[str, str]]) -> Any:
     """Worst-group validation loss of the three methods and alpha of group 0, over iterations; swapped features."""
     seeds = results["config"]["seeds"]
-    figure, axes = _figure(4, 3, (12, 12))
+    figure, axes = make_figure(4, 3, (12, 12))
     for pair, (family, methods) in enumerate(FAMILY_METHODS.items()):
         runs = histories[family]
         losses, alphas = torch.stack(runs.losses).amax(-1), torch.stack(runs.alphas)[..., 0]  # (time, D, M)
@@ -131,7 +118,7 @@ def _band(axes: Any, x: list[int], series: Any, colour: str, label: str) -> None
 
 def _bars(results: dict[str, Any], histories: dict[str, Runs], cells: list[tuple[str, str]]) -> Any:
     """Both measures of all methods, scenarios and features."""
-    figure, axes = _figure(4, 3, (12, 12))
+    figure, axes = make_figure(4, 3, (12, 12))
     width = 0.27
     for pair, methods in enumerate(FAMILY_METHODS.values()):
         for offset, (measure, title) in enumerate(MEASURES.items()):
@@ -161,7 +148,7 @@ def _bars(results: dict[str, Any], histories: dict[str, Runs], cells: list[tuple
 
 def _chi(results: dict[str, Any], histories: dict[str, Runs], cells: list[tuple[str, str]]) -> Any:
     """Worst-group and average loss over chi, on validation (solid) and training pairs (dashed)."""
-    figure, axes = _figure(1, 2, (10, 4))
+    figure, axes = make_figure(1, 2, (10, 4))
     for one, family in zip(axes[0], FAMILY_METHODS, strict=True):
         records = [record for record in results["chi"] if record["family"] == family]
         chis = [record["chi"] for record in records]
@@ -180,7 +167,7 @@ def _chi(results: dict[str, Any], histories: dict[str, Runs], cells: list[tuple[
 def _gap(results: dict[str, Any], histories: dict[str, Runs], cells: list[tuple[str, str]]) -> Any:
     """Each seed's duality gap, the fitted slope, and the bound."""
     curves = results["convergence"]
-    figure, axes = _figure(1, len(curves), (4 * len(curves), 4))
+    figure, axes = make_figure(1, len(curves), (4 * len(curves), 4))
     for one, curve in zip(axes[0], curves, strict=True):
         horizons = torch.tensor(curve["horizons"], dtype=torch.float64)
         gaps = torch.tensor(curve["gaps"], dtype=torch.float64)

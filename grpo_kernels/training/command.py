@@ -11,6 +11,7 @@ import warnings
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import nullcontext
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from trl import get_peft_config, get_quantization_config
 from grpo_kernels.integrations import callbacks, checkpoints
 from grpo_kernels.integrations import datasets as pairs
 from grpo_kernels.training import embedded_task, report, start
-from grpo_kernels.training.options import loss_at_zero, parse, word_after
+from grpo_kernels.training.options import loss_at_zero, parse
 
 UNIFORM = {"group_step_size": 0.0, "group_options": None, "group_baseline": None, "group_estimator": "importance"}
 ARMS: dict[str, dict[str, Any]] = {"plain": UNIFORM, "IS": UNIFORM, "robust": {}}  # changes of the trainer's config
@@ -64,16 +65,11 @@ class Run:
             warnings.simplefilter("ignore")
             os.environ["TQDM_DISABLE"] = "1"
         self.out = Path(broadcast_object_list([self.config.output_dir])[0]).absolute()
-        self.saved = self.out / "run.json"
-        self.stored = {}
-        if self.options.resume:
-            if not self.saved.is_file():
-                raise ValueError(f"out must hold a run to resume, {str(self.out)!r} has no run.json")
-            self.stored = json.loads(self.saved.read_text())
+        self.saved, resume = self.out / "run.json", self.options.resume
+        self.stored = checkpoints.stored_run(self.saved, resume) if resume or self.is_main else {}
+        if resume:
             arguments = [*self.stored["arguments"], *arguments]  # the later of two counts
             self.options, self.config, self.model = parse(arguments)
-        elif self.is_main and self.saved.exists():
-            raise ValueError(f"out must not hold a run already: {str(self.out)!r} does; --resume goes on with it")
         self.arguments = [word for word in arguments if word != "--resume"]
 
     def say(self, text: str, file: Any = None) -> None:
@@ -126,7 +122,7 @@ class Run:
             "data_sha256": checkpoints.digest_of_rows(self.train_rows),
             "eval_data_sha256": checkpoints.digest_of_rows(self.eval_rows),
             "model_sha256": checkpoints.digest_of_files(model),
-            "config_sha256": checkpoints.digest_of_files(word_after("--config", self.arguments)),
+            "config_sha256": checkpoints.digest_of_files(dict(pairwise(self.arguments)).get("--config")),
         }
 
     def _check_or_save(self, facts: dict[str, Any]) -> None:
@@ -158,8 +154,8 @@ class Run:
         if self.stop.number:
             raise callbacks.Interrupted(self.stop.number)
         if self.is_main:
-            about = {"group_names": trainer.group_names, "samples": report.samples_of(trainer, self.options)}
-            about["seconds"] = round(time.perf_counter() - began, 1)
+            samples, seconds = report.samples_of(trainer, self.options), round(time.perf_counter() - began, 1)
+            about = {"group_names": trainer.group_names, "samples": samples, "seconds": seconds}
             with checkpoints.whole(folder / "arm.json") as part:
                 part.write_text(json.dumps(about))
         model = folder / "model"  # the last to be written: an arm that has it is done
@@ -169,9 +165,7 @@ class Run:
 
     def _trainer(self, arm: str, name: str, folder: Path) -> Any:
         config, model = copy.copy(self.config), self.model
-        config.output_dir = str(folder)
-        for option, value in ARMS[arm].items():
-            setattr(config, option, value)
+        vars(config).update(ARMS[arm], output_dir=str(folder))
         loading = {"dtype": model.dtype, "attn_implementation": model.attn_implementation}
         config.model_init_kwargs = {**loading, "revision": model.model_revision, **(config.model_init_kwargs or {})}
         folder.mkdir(exist_ok=True)

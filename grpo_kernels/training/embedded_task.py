@@ -34,7 +34,6 @@ COLOURS = {
 }
 THINGS = [(thing, colour) for colour, things in COLOURS.items() for thing in things]
 QUESTIONS = ("What colour is a {}?", "Tell me the colour of a {}.", "Which colour does a {} have?")
-TRAITS = ("tone", "length", "truth")
 VALUES = {"tone": ("friendly", "formal"), "length": ("long", "short"), "truth": ("right", "wrong")}
 
 
@@ -60,8 +59,8 @@ def data_set(num_pairs: int, seed: int) -> Dataset:
 
 def _pair(group: str, rng: random.Random) -> dict[str, str]:
     thing, colour = rng.choice(THINGS)
-    differing = rng.choice(TRAITS)
-    traits = {trait: rng.choice(VALUES[trait]) for trait in TRAITS}
+    differing = rng.choice(list(VALUES))
+    traits = {trait: rng.choice(VALUES[trait]) for trait in VALUES}
     better = {**PREFERS[group], "truth": "right"}[differing]
     worse = next(value for value in VALUES[differing] if value != better)
     wrong = rng.choice([other for other in COLOURS if other != colour])

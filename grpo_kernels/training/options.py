@@ -6,12 +6,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
-from itertools import pairwise
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-import yaml
 from trl import ModelConfig, TrlParser
 
 from grpo_kernels import validation
@@ -122,13 +119,10 @@ def parse(arguments: Sequence[str]) -> tuple[TrainOptions, TrainerOptions, Model
     if not torch.accelerator.is_available():
         defaults |= ON_CPU
     parser.set_defaults_with_config(**defaults)
-    names = {word.split("=")[0] for word in arguments}
-    config_file = word_after("--config", arguments)
-    if config_file:
-        names |= {f"--{name}" for name in yaml.safe_load(Path(config_file).read_text()) or ()}
-    if not names & {"--model", "--model_name_or_path"}:
-        parser.set_defaults_with_config(**SMALL_MODEL)
     options, config, model = parser.parse_args_and_config(list(arguments))
+    if model.model_name_or_path is None:
+        parser.set_defaults_with_config(**SMALL_MODEL)
+        options, config, model = parser.parse_args_and_config(list(arguments))
     elsewhere = {"rule", "step_size"} & set(config.group_options or {})
     at_zero = loss_at_zero(config)
     if config.group_step_size is None and not elsewhere and 0 < at_zero < math.inf:
@@ -136,20 +130,10 @@ def parse(arguments: Sequence[str]) -> tuple[TrainOptions, TrainerOptions, Model
     return options, config, model
 
 
-def word_after(flag: str, arguments: Sequence[str]) -> str | None:
-    return next((after for word, after in pairwise(arguments) if word == flag), None)
-
-
 def loss_at_zero(config: GroupRobustDPOConfig) -> float:
     """The pair loss of a policy that is its reference: log 2 for "sigmoid", 1 / (4 beta^2) for "ipo".
 
     Of losses without a reference it is that of log-probabilities of 0, which may be 0 or not finite.
     """
-    return preference_losses(
-        torch.zeros(2),
-        beta=config.beta,
-        loss_type=config.loss_type,
-        label_smoothing=config.label_smoothing,
-        token_counts=torch.ones(2),
-        **config.spec_options(),
-    ).item()
+    options = {name: getattr(config, name) for name in ("beta", "loss_type", "label_smoothing")}
+    return preference_losses(torch.zeros(2), token_counts=torch.ones(2), **options, **config.spec_options()).item()

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import json
 import math
+import resource
 from pathlib import Path
 from typing import Any
 
-from grpo_kernels.console import COLOURS, make_console
+import torch
+
+from grpo_kernels.console import COLOURS, make_console, make_figure
 from grpo_kernels.integrations.checkpoints import whole
 from grpo_kernels.training.options import TrainOptions
 
 SCORES = ("loss", "loss_se", "accuracy", "accuracy_se", "alpha", "count")
+TITLE = "{model} on {data}, loss {loss_type}, seed {seed}"
 NAMED_GROUPS = 8  # more than these: the worst by name, the rest grey
 Record = dict[str, Any]
 
 
-def finish(out: Path, arms: list[str], facts: dict[str, Any]) -> dict[str, Any]:
-    """Write results.json and training.png, print the table; returns what results.json holds."""
+def finish(out: Path, arms: list[str], facts: dict[str, Any]) -> None:
+    """Write results.json and training.png, print the table and the answers."""
     histories = {arm: [json.loads(line) for line in (out / arm / "metrics.jsonl").open()] for arm in arms}
     about = {arm: json.loads((out / arm / "arm.json").read_text()) for arm in arms}
     groups = about[arms[0]]["group_names"]
@@ -27,7 +31,7 @@ def finish(out: Path, arms: list[str], facts: dict[str, Any]) -> dict[str, Any]:
         "eval_pairs": {name: scores["count"] for name, scores in runs[arms[0]]["last"]["groups"].items()},
         "runs": runs,
         "seconds": {arm: about[arm]["seconds"] for arm in arms},
-        "peak_rss_gib": _peak_rss_gib(),
+        "peak_rss_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
         "samples": {arm: about[arm]["samples"] for arm in arms},
     }
     console = make_console()
@@ -40,29 +44,20 @@ def finish(out: Path, arms: list[str], facts: dict[str, Any]) -> dict[str, Any]:
     with whole(out / "training.png") as part:
         _save_picture(histories, groups, results, part)
     console.print(f"results.json, training.png, and each arm's metrics.jsonl and model/ are in {out}", highlight=False)
-    return results
-
-
-def _evaluations(history: list[Record]) -> list[Record]:
-    return [record for record in history if "eval_groups/worst_loss" in record]
 
 
 def _summary(history: list[Record], groups: list[str]) -> dict[str, Any]:
     """The evaluations at the start, at the best step (of the model that is kept) and at the last."""
-    evaluations = _evaluations(history)
+    evaluations = [record for record in history if "eval_groups/worst_loss" in record]
     trained = [record for record in evaluations if record["step"]] or evaluations
     best = min(trained, key=lambda record: record["eval_groups/worst_loss"])
-    return {
-        name: _scores(r, groups) for name, r in (("start", evaluations[0]), ("best", best), ("last", evaluations[-1]))
-    }
+    shown = {"start": evaluations[0], "best": best, "last": evaluations[-1]}
+    return {name: _scores(record, groups) for name, record in shown.items()}
 
 
 def _scores(record: Record, groups: list[str]) -> dict[str, Any]:
-    by_group: dict[str, dict[str, Any]] = {
-        name: {score: record.get(f"eval_groups/{name}/{score}") for score in SCORES}
-        for name in groups
-        if f"eval_groups/{name}/loss" in record
-    }
+    evaluated = [name for name in groups if f"eval_groups/{name}/loss" in record]
+    by_group = {name: {score: record.get(f"eval_groups/{name}/{score}") for score in SCORES} for name in evaluated}
     worst = max(by_group, key=lambda name: float(by_group[name]["loss"]))
     return {"step": record["step"], "worst_group": worst, "worst_loss": by_group[worst]["loss"], "groups": by_group}
 
@@ -77,10 +72,8 @@ def _print_table(console: Any, results: dict[str, Any]) -> None:
     from rich.table import Table
 
     runs = results["runs"]
-    title = f"{results['model']}, {results['data']}, loss {results['loss_type']}, seed {results['seed']}"
-    table = Table(
-        title=title, box=box.SIMPLE, pad_edge=False, caption="± standard error over pairs; a tie is half right"
-    )
+    caption = "± standard error over pairs; a tie is half right"
+    table = Table(title=TITLE.format(**results), caption=caption, box=box.SIMPLE, pad_edge=False)
     for name in ("group", "train/eval", "arm", "loss", "at end", "accuracy", "alpha"):
         table.add_column(name, justify="left" if name in ("group", "arm") else "right", no_wrap=name != "group")
     for group, count in results["eval_pairs"].items():
@@ -106,83 +99,53 @@ def _print_table(console: Any, results: dict[str, Any]) -> None:
 
 def _save_picture(histories: dict[str, list[Record]], groups: list[str], results: dict[str, Any], path: Path) -> None:
     """Above: loss of each group in each arm, alpha of each step; below: accuracy, and the worst group of each arm."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    arms = list(histories)
-    figure = Figure(figsize=(4.2 * (len(arms) + 1), 7.2), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots(2, len(arms) + 1, sharex=True)
+    arms, at_zero = list(histories), results["loss_at_zero"]
+    figure, axes = make_figure(2, len(arms) + 1, (4.2 * (len(arms) + 1), 7.2), sharex=True)
     last = results["runs"][arms[-1]]["last"]["groups"]
-    named = sorted(groups, key=lambda name: -last[name]["loss"] if name in last else math.inf)
-    named = [name for name in groups if len(groups) <= NAMED_GROUPS or name in named[: NAMED_GROUPS - 2]]
+    worst = sorted(groups, key=lambda name: -last[name]["loss"] if name in last else math.inf)
+    named = [name for name in groups if len(groups) <= NAMED_GROUPS or name in worst[: NAMED_GROUPS - 2]]
     styles = {name: {"color": COLOURS[i % len(COLOURS)], "label": name} for i, name in enumerate(named)}
     others = {"color": "0.8", "linewidth": 0.8, "zorder": 1}
+    markers, dotted = {"marker": "o", "markersize": 3}, {"color": "0.5", "linestyle": ":", "linewidth": 1}
 
-    def draw(where: Any, history: list[Record], key: str, group: str, **style: Any) -> None:
-        records = [record for record in history if key in record]
-        if records:
-            where.plot([r["step"] for r in records], [r[key] for r in records], **styles.get(group, others), **style)
+    def draw(where: Any, arm: str, key: str, **style: Any) -> Any:
+        records = [record for record in histories[arm] if key in record]
+        return where.plot([r["step"] for r in records], [r[key] for r in records], **style)
 
-    for column, (arm, history) in enumerate(histories.items()):
-        for row, score in enumerate(("loss", "accuracy")):
+    alpha, worst_losses = axes[:, -1]
+    for column, arm in enumerate(arms):
+        for row, (score, level) in enumerate((("loss", at_zero), ("accuracy", 0.5))):
             where = axes[row, column]
             for group in groups:
-                draw(where, _evaluations(history), f"eval_groups/{group}/{score}", group, marker="o", markersize=3)
-            where.axhline((results["loss_at_zero"], 0.5)[row], color="0.5", linestyle=":", linewidth=1)
-            where.set(title=f"{arm}: {score} of each group")
+                draw(where, arm, f"eval_groups/{group}/{score}", **markers, **styles.get(group, others))
+            where.axhline(level, **dotted)
+            where.set_title(f"{arm}: {score} of each group")
             where.sharey(axes[row, 0])
-    draw_worst, alpha = axes[1, -1], axes[0, -1]
+        draw(worst_losses, arm, "eval_groups/worst_loss", **markers, color=COLOURS[-1 - column], label=arm)
+    worst_losses.axhline(at_zero, **dotted)
+    worst_losses.set_title("Loss of the worst group")
     for group in groups:
-        draw(alpha, histories[arms[-1]], f"groups/{group}/alpha", group)
-    for i, (arm, history) in enumerate(histories.items()):
-        records = _evaluations(history)
-        values = [record["eval_groups/worst_loss"] for record in records]
-        steps = [record["step"] for record in records]
-        draw_worst.plot(steps, values, marker="o", markersize=3, color=COLOURS[-1 - i], label=arm)
-    draw_worst.axhline(results["loss_at_zero"], color="0.5", linestyle=":", linewidth=1)
-    draw_worst.set(title="Loss of the worst group")
-    draw_worst.legend(fontsize="small")
-    draw(alpha, histories[arms[-1]], "groups/alpha_entropy", "", linestyle="--", label="entropy of alpha / log K")
-    alpha.legend(handles=[line for line in alpha.lines if line.get_label().startswith("entropy")], fontsize="small")
+        draw(alpha, arms[-1], f"groups/{group}/alpha", **styles.get(group, others))
+    entropy = draw(alpha, arms[-1], "groups/alpha_entropy", linestyle="--", **others)
+    alpha.legend(entropy, ["entropy of alpha / log K"], fontsize="small")
     alpha.set(title=f"{arms[-1]}: weight alpha of each group", ylim=(0, 1.02))
-    axes[0, 0].legend(fontsize="small")
+    for where in (axes[0, 0], worst_losses):
+        where.legend(fontsize="small")
     for where in axes[1]:
-        where.set(xlabel="step")
-    for where in axes.flat:
-        where.grid(alpha=0.3)
-        where.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(
-        f"{results['model']} on {results['data']}, loss {results['loss_type']}: held-out pairs "
-        f"(dotted: {results['loss_at_zero']:.3g}, where nothing is learned)",
-        fontsize="medium",
-    )
+        where.set_xlabel("step")
+    explained = f"held-out pairs (dotted: {at_zero:.3g}, where nothing is learned)"
+    figure.suptitle(f"{TITLE.format(**results)}: {explained}", fontsize="medium")
     figure.savefig(path, dpi=110, format="png")
 
 
 def samples_of(trainer: Any, options: TrainOptions) -> list[tuple[str, str]]:
     """(prompt, the trained model's answer), greedily, for the first held-out prompts that differ."""
-    import torch
-
     tokenizer, model = trainer.processing_class, trainer.accelerator.unwrap_model(trainer.model).eval()
+    how = {"do_sample": False, "max_new_tokens": options.sample_tokens, "pad_token_id": tokenizer.pad_token_id}
     answers = []
     for prompt in list(dict.fromkeys(map(tuple, trainer.eval_dataset["prompt_ids"])))[: options.samples]:
         ids = torch.tensor([prompt], device=model.device)
-        with torch.no_grad():
-            out = model.generate(
-                input_ids=ids,
-                attention_mask=torch.ones_like(ids),
-                do_sample=False,
-                max_new_tokens=options.sample_tokens,
-                pad_token_id=tokenizer.pad_token_id,
-            )
-        parts = (prompt, out[0, len(prompt) :].tolist())
-        shown = [tokenizer.decode(part, skip_special_tokens=True).strip() for part in parts]
-        answers.append((shown[0], shown[1]))
+        out = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **how)[0]
+        asked, answer = (tokenizer.decode(part, skip_special_tokens=True) for part in (prompt, out[len(prompt) :]))
+        answers.append((asked.strip(), answer.strip()))
     return answers
-
-
-def _peak_rss_gib() -> float:
-    import resource
-
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2)
