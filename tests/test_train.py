@@ -246,6 +246,42 @@ def test_a_checkpoint_that_is_not_whole_is_passed_over(
     assert checkpoints.newest_whole(out / "robust") == str(out / "robust" / "checkpoint-4")
 
 
+class Killed(BaseException):
+    """Nothing of ours catches it, as nothing catches kill -9."""
+
+
+def test_a_kill_while_files_are_written_loses_nothing(
+    tmp_path: Path, data: str, model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed five times on the way, before a call with a file that ends so; resumed each time."""
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    words = command("--data", data, "--model", model, "--eval_steps", 1, "--save_steps", 1)
+    assert main([*words, "--out", str(whole)]) == 0
+    words += ["--out", str(out)]
+    for owner, name, file in (
+        (Path, "write_text", "checkpoint-1/files.json"),  # its weights are there already
+        (os, "rename", "robust/checkpoint-2"),
+        (os, "unlink", "optimizer.pt"),  # of the oldest checkpoint, which makes room
+        (os, "rename", "robust/model"),
+        (os, "rename", "out/results.json"),
+    ):
+        call = getattr(owner, name)
+
+        def killed(*args: Any, call: Any = call, file: str = file, **options: Any) -> Any:
+            if any(str(arg).endswith(file) for arg in args):
+                raise Killed
+            return call(*args, **options)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(owner, name, killed)
+            with pytest.raises(Killed):
+                main(words)
+        words = ["train", "--resume", "--out", str(out)]
+    assert main(words) == 0
+    assert_same_run(whole, out)
+    assert not list(out.rglob("*.part"))
+
+
 def test_a_full_disk_is_named_and_the_last_good_checkpoint_stays(
     tmp_path: Path, data: str, model: str, uninterrupted: Path,
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
@@ -272,6 +308,27 @@ def test_a_full_disk_is_named_and_the_last_good_checkpoint_stays(
     assert [path.name for path in (out / "robust").glob("*checkpoint*")] == ["checkpoint-2"]
     assert main(["train", "--resume", "--out", str(out)]) == 0
     assert_same_run(uninterrupted, out)
+
+
+def test_an_arm_that_has_stopped_early_goes_no_step_further(tmp_path: Path, data: str, model: str) -> None:
+    """Killed after its last checkpoint, before its model. Nothing moves: the evaluations at 4 and 6 are no better."""
+    out = tmp_path / "out"
+    words = ["--learning_rate", 0, "--max_steps", 8, "--early_stopping_patience", 2, "--save_total_limit", 3]
+    assert main(command("--data", data, "--model", model, *words, "--out", out)) == 0
+    stopped = records(out)
+    assert stopped[-1]["step"] == 6
+    (out / "robust" / "model").rename(tmp_path / "away")
+    assert step_of(Path(checkpoints.to_go_on_from(out / "robust"))) == 4
+    assert main(["train", "--resume", "--out", str(out)]) == 0
+    assert records(out) == stopped
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="this system has no /dev/full")
+def test_a_full_disk_is_named_where_the_log_is_written() -> None:
+    metrics, state = callbacks.Metrics(Path("/dev/full")), transformers.TrainerState(log_history=[{"loss": 1.0}])
+    for write in (metrics.on_train_begin, metrics.on_log):
+        with pytest.raises(OSError, match=r"/dev/full could not be written: .*No space left"):
+            write(None, state, None)
 
 
 def test_one_run_in_a_folder(tmp_path: Path, data: str, model: str, uninterrupted: Path, capsys: Any) -> None:

@@ -12,6 +12,8 @@ import torch
 from transformers import TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
+from grpo_kernels.integrations import checkpoints
+
 
 class Interrupted(KeyboardInterrupt):
     """A signal stopped the run, and everything is saved; ``number`` is the signal's."""
@@ -88,11 +90,12 @@ class Metrics(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero:
-            self.path.write_text("".join(json.dumps(record) + "\n" for record in state.log_history))
+            with checkpoints.naming(self.path):
+                self.path.write_text("".join(json.dumps(record) + "\n" for record in state.log_history))
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero:
-            with self.path.open("a") as file:
+            with checkpoints.naming(self.path), self.path.open("a") as file:
                 file.write(json.dumps(state.log_history[-1]) + "\n")
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 from datasets import Dataset
 from safetensors import SafetensorError
+from transformers import TrainerState
 from transformers.trainer_utils import rotate_checkpoints, sort_checkpoints
 
 from grpo_kernels.integrations.trl import GroupRobustDPOTrainer
@@ -40,6 +41,18 @@ def alone_in(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """
+    Raises:
+        OSError: ``path`` could not be written; names it, which a full disk does not.
+    """
+    try:
+        yield
+    except CANNOT_WRITE as error:
+        raise OSError(f"{path} could not be written: {error}") from error
+
+
+@contextmanager
 def whole(path: Path) -> Iterator[Path]:
     """A neighbour of ``path`` to write a file or a folder to; at the end it takes the name, so that no half is seen.
 
@@ -48,14 +61,15 @@ def whole(path: Path) -> Iterator[Path]:
     """
     temporary = path.with_name(f".{path.name}.part")
     _remove(temporary)
-    try:
-        yield temporary
-        _flush(temporary)
-        _remove(path)
-        temporary.rename(path)
-    except CANNOT_WRITE as error:
-        _remove(temporary)
-        raise OSError(f"{path} could not be written: {error}") from error
+    with naming(path):
+        try:
+            yield temporary
+            _flush(temporary)
+            _remove(path)
+            temporary.rename(path)
+        except CANNOT_WRITE:
+            _remove(temporary)
+            raise
 
 
 def _remove(path: Path) -> None:
@@ -97,6 +111,9 @@ class ResumableTrainer(GroupRobustDPOTrainer):
             self.accelerator.wait_for_everyone()
             if saves:
                 self._put_in_place(self._part / name, out / name)
+                for path in sort_checkpoints(str(out)):
+                    if _step_of(path) > self.state.global_step:  # of before the resume: it will come again
+                        _remove(Path(path))
                 rotate_checkpoints(str(out), self.args.save_total_limit, self.state.best_model_checkpoint)
         except CANNOT_WRITE as error:
             _remove(self._part)
@@ -116,16 +133,39 @@ class ResumableTrainer(GroupRobustDPOTrainer):
         _remove(part.parent)
 
 
-def newest_whole(folder: Path) -> str | None:
-    """The newest checkpoint of a trainer's folder; warns of newer ones that are not whole."""
+def whole_checkpoints(folder: Path) -> Iterator[str]:
+    """The whole ones of a trainer's checkpoints, the newest first; warns of newer ones that are not."""
     for path in reversed(sort_checkpoints(str(folder))):
         manifest = Path(path, MANIFEST)
         sizes = json.loads(manifest.read_text()) if manifest.is_file() else {MANIFEST: 0}
         broken = [name for name, size in sizes.items() if not _has_size(Path(path, name), size)]
-        if not broken:
-            return path
-        warnings.warn(f"{path} is not whole ({', '.join(broken)}): passed over", UserWarning, stacklevel=2)
-    return None
+        if broken:
+            warnings.warn(f"{path} is not whole ({', '.join(broken)}): passed over", UserWarning, stacklevel=3)
+        else:
+            yield path
+
+
+def newest_whole(folder: Path) -> str | None:
+    return next(whole_checkpoints(folder), None)
+
+
+def to_go_on_from(folder: Path) -> str | None:
+    """The newest whole checkpoint before the end: from one at the end Trainer would take a step more."""
+    return next((path for path in whole_checkpoints(folder) if not _is_at_the_end(path)), None)
+
+
+def _is_at_the_end(path: str) -> bool:
+    state = TrainerState.load_from_json(str(Path(path, "trainer_state.json")))
+    early = state.stateful_callbacks.get("EarlyStoppingCallback")
+    stopped = (
+        bool(early)
+        and early["attributes"]["early_stopping_patience_counter"] >= early["args"]["early_stopping_patience"]
+    )
+    return stopped or state.global_step >= state.max_steps
+
+
+def _step_of(path: str) -> int:
+    return int(path.rsplit("-", 1)[1])
 
 
 def _has_size(path: Path, size: int) -> bool:

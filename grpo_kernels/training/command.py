@@ -147,7 +147,7 @@ class Run:
     def _train_arm(self, arm: str, name: str) -> None:
         began, folder = time.perf_counter(), self.out / arm
         trainer = self._trainer(arm, name, folder)
-        checkpoint = checkpoints.newest_whole(folder) if self.options.resume else None
+        checkpoint = checkpoints.to_go_on_from(folder) if self.options.resume else None
         if checkpoint is not None:
             trainer.args.eval_on_start = False  # it is in the checkpoint's history
         trainer.train(resume_from_checkpoint=checkpoint)
@@ -165,7 +165,7 @@ class Run:
 
     def _trainer(self, arm: str, name: str, folder: Path) -> Any:
         config, model = copy.copy(self.config), self.model
-        vars(config).update(ARMS[arm], output_dir=str(folder))
+        config.__dict__.update(ARMS[arm], output_dir=str(folder))
         loading = {"dtype": model.dtype, "attn_implementation": model.attn_implementation}
         config.model_init_kwargs = {**loading, "revision": model.model_revision, **(config.model_init_kwargs or {})}
         folder.mkdir(exist_ok=True)

@@ -92,6 +92,7 @@ DEFAULTS = {  # where this command has a reason to differ from TRL
     "load_best_model_at_end": True,
     "metric_for_best_model": "groups/worst_loss",
     "greater_is_better": False,
+    "restore_callback_states_from_checkpoint": True,  # the patience of early stopping
     "disable_tqdm": False,
     "log_level": "error",
 }

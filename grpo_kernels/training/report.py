@@ -58,7 +58,7 @@ def _summary(history: list[Record], groups: list[str]) -> dict[str, Any]:
 def _scores(record: Record, groups: list[str]) -> dict[str, Any]:
     evaluated = [name for name in groups if f"eval_groups/{name}/loss" in record]
     by_group = {name: {score: record.get(f"eval_groups/{name}/{score}") for score in SCORES} for name in evaluated}
-    worst = max(by_group, key=lambda name: float(by_group[name]["loss"]))
+    worst = max(evaluated, key=lambda name: float(record[f"eval_groups/{name}/loss"]))
     return {"step": record["step"], "worst_group": worst, "worst_loss": by_group[worst]["loss"], "groups": by_group}
 
 
