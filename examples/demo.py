@@ -27,8 +27,9 @@ CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "grpo
 OPTIONS = [
     *("--data", "polis-housing-mini", "--compare", "--samples", "1", "--max_length", "128"),
     *("--use_peft", "--lora_r", "16", "--lora_target_modules", "q_proj", "v_proj", "--learning_rate", "5e-4"),
-    *("--max_steps", "12", "--eval_steps", "4", "--save_steps", "4", "--per_device_train_batch_size", "8"),
-    *("--per_device_eval_batch_size", "24", "--gradient_checkpointing", "False", "--seed", "0"),
+    *("--max_steps", "8", "--eval_steps", "4", "--save_steps", "4", "--per_device_train_batch_size", "8"),
+    *("--eval_on_start", "False", "--per_device_eval_batch_size", "24", "--gradient_checkpointing", "False"),
+    *("--seed", "0"),
 ]
 MEANING = """
 What this is to show: on held-out votes the loss of the worst group falls further with weighted groups than under plain

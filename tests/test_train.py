@@ -413,6 +413,13 @@ def test_two_processes_are_one_run(tmp_path: Path, data: str, model: str, uninte
 def assert_close_runs(one: Path, other: Path) -> None:
     """Losses and alpha of each step; float32's rounding, in another order of additions, through 4 steps of AdamW."""
     for ours, theirs in zip(records(one), records(other), strict=True):
-        for name in ("loss", "groups/a/alpha", "groups/b/alpha", "eval_groups/a/loss", "eval_groups/b/loss"):
+        for name in (
+            "loss",
+            "groups/a/alpha",
+            "groups/b/alpha",
+            "eval_groups/a/loss",
+            "eval_groups/b/loss",
+            "eval_loss",
+        ):
             if name in ours:
                 assert theirs[name] == pytest.approx(ours[name], abs=1e-5), (name, ours["step"])

@@ -343,6 +343,7 @@ class GroupRobustDPOTrainer(DPOTrainer):
             raise ValueError(f"the data set has no pair to evaluate, max_length={self.args.max_length} may leave none")
         num_tokens = self._num_tokens + self._unlogged_tokens()  # training has gone on since its last log
         metrics = reading.metrics(standard_errors=True)
+        metrics["loss"] = reading.total("loss") / reading.total("count")  # Trainer's counts what fills up ranks, too
         return {**metrics, "objective": float(objective), "num_tokens": num_tokens}
 
     # -- pieces ------------------------------------------------------------------------------------------------
