@@ -88,6 +88,7 @@ def test_what_is_folded_away_still_counts(looks: int) -> None:
     assert found.updates == 300
     assert found.unseen == (0, 294, 9)
     assert found.rarest_group == 1
+    assert weights.trail.look_back()[1].tolist() == [300, 1, 2]
     assert len(weights.trail._recent) < 2 * diagnosis.WINDOW
 
 
@@ -135,6 +136,13 @@ def test_alpha_that_swings_is_told_and_one_that_moves_steadily_is_not() -> None:
     assert not steady.diagnose(total_steps=20).warnings
     sharp = run(gk.GroupWeights(2, estimator="group_mean", rule="soft_maximum", temperature=0.5), by_turns)
     assert "A larger temperature (now 0.5)" in sharp.diagnose().warnings[0]
+
+
+def test_to_and_fro_is_three_times_the_way_from_the_lowest_to_the_highest() -> None:
+    for turns, swings in ((3, True), (2, False)):
+        first = torch.tensor([0.25, 0.75] * 2)[: turns + 1]
+        found = diagnosis.swing(torch.stack([first, 1 - first], 1))
+        assert found == ((0, 0.25, 0.75) if swings else None)
 
 
 def test_alpha_that_has_not_left_uniform_is_told_at_half_time() -> None:

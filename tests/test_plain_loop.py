@@ -121,10 +121,15 @@ def test_step_is_silent_where_all_is_right() -> None:
             loss_fn.train()
             weights.step()
         weights.step()  # an empty step after others that were not
+        meta = weights_with(update="lagged").to("meta")
+        meta.step()  # has nothing that could be read
         means = weights_with(update="lagged", estimator="group_mean")  # which takes no total_pairs
         for _ in range(2):
             loss_of(means)(*batch(2)).loss.backward()
         means.step()
+    loss_fn(*batch(4), total_pairs=5).loss.backward()
+    with pytest.warns(RuntimeWarning, match="total_pairs=5 in a step of 4 pairs"):  # all was right so far
+        weights.step()
 
 
 def test_forwards_in_eval_mode_before_step_are_told() -> None:
