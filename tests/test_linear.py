@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -181,6 +182,7 @@ def test_linear_plan_is_chosen_by_what_needs_gradients_and_fits(monkeypatch: pyt
 @pytest.mark.parametrize(
     ("name", "chunk", "kept", "products", "extra", "traffic"),
     [
+        ("recompute", 150, 0, 4, 150 * (2000 + 48) + 32000, 3 * 400 * 2000 + 3 * 64000),  # the third chunk is smaller
         ("none", 100, 0, 1, 100 * (2000 + 48), 400 * 2000),
         ("frozen", 100, 0, 2, 100 * (2000 + 48) + 400 * 16, 3 * 400 * 2000),
         ("recompute", 100, 0, 4, 100 * (2000 + 48) + 32000, 3 * 400 * 2000 + 4 * 64000),
@@ -200,7 +202,20 @@ def test_plans_cost_what_was_worked_out_by_hand(
     plan = linear_plan._plan(shape, name, chunk, kept)
     assert (plan.products, plan.extra_bytes) == (products, extra)
     one_product = max(2 * 400 * 8 * 1000 / 1e9, 400 / chunk * 2 * (8000 + chunk * 1008) / 1e8)
-    assert plan.seconds == pytest.approx(products * one_product + traffic / 1e8 + 400 / chunk * 12e-6)
+    assert plan.seconds == pytest.approx(products * one_product + traffic / 1e8 + -(-400 // chunk) * 12e-6)
+    of_float32 = linear_plan._plan(replace(shape, weight_itemsize=4), name, chunk, kept)  # copied to bfloat16
+    sums = {"recompute": 32000 * (chunk < 400), "keep": 32000}.get(name, 0)  # are the gradient itself
+    assert of_float32.extra_bytes == extra + 8000 * 2 - sums
+
+
+def test_a_sweep_s_chunk_is_made_for_the_pairs_of_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of packed rows twice the mean pair, for no length is read."""
+    monkeypatch.setattr(linear_plan, "plan_of", lambda shape, *_: shape)
+    head, budget = linear.LinearHead(torch.zeros(5, 4), None), linear_plan.Budget()
+    padded, packed = Rows(torch.zeros(6, 3, dtype=torch.int64)), Rows(torch.zeros(20, dtype=torch.int64))
+    packed = replace(packed, cu_seqlens=torch.tensor([0, 1, 2, 3, 4, 8, 12, 16, 20]))
+    assert linear_plan.plan_for(torch.zeros(6, 3, 4), head, padded, budget).longest_pair == 6
+    assert linear_plan.plan_for(torch.zeros(20, 4), head, packed, budget).longest_pair == 10
 
 
 def test_the_head_of_a_language_model() -> None:

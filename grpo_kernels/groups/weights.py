@@ -281,9 +281,9 @@ class GroupWeights(AlphaUpdates):
             )
         if self._watch.has_checked_graph or torch.compiler.is_compiling():
             return
-        self._watch.has_checked_graph = True
         if self.gradient_reduction == "mean":
             reduction.check_not_summed(of_model)
+        self._watch.has_checked_graph = True
 
     def update_of_forward(self, training: bool = True) -> str:
         """What a forward of the loss has to do now: "inline", "lagged", "recomputed" or "none".
