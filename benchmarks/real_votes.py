@@ -57,8 +57,8 @@ def scores_by_arm(folder: Path, step_sizes: list[float]) -> dict[str, dict[str, 
 
 
 def mean_and_error(values: list[float]) -> str:
-    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
-    return f"{statistics.mean(values):.4f} ± {error:.4f}"
+    error = f" ± {statistics.stdev(values) / math.sqrt(len(values)):.4f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.4f}{error}"
 
 
 def print_table(seeds: dict[str, dict[str, dict[str, float]]]) -> None:

@@ -26,6 +26,7 @@ from grpo_kernels.__main__ import main  # noqa: E402
 from grpo_kernels.integrations import callbacks, checkpoints  # noqa: E402
 from grpo_kernels.integrations import transformers as hf  # noqa: E402
 from grpo_kernels.training import embedded_task  # noqa: E402
+from grpo_kernels.training.command import ARMS  # noqa: E402
 
 ROWS = [
     {
@@ -187,13 +188,24 @@ def test_messages_go_through_the_chat_template(tmp_path: Path, model: str, capsy
     assert "messages need a chat template" in capsys.readouterr().err
 
 
-def test_lora_saves_adapters(tmp_path: Path, data: str, model: str) -> None:
-    out = tmp_path / "out"
-    lora = ["--use_peft", "--lora_r", 2, "--lora_target_modules", "q_proj", "v_proj"]
-    assert main(command("--data", data, "--model", model, *lora, "--out", out)) == 0
+def test_lora_saves_adapters_that_began_alike(
+    tmp_path: Path, data: str, model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing moves them here; and the reference, the model without them, is computed once for all arms."""
+    out, batches, of_batch = tmp_path / "out", [], checkpoints.ResumableTrainer.compute_ref_log_probs
+
+    def counted(self: Any, model: Any, inputs: Any) -> Any:
+        batches.append(len(inputs["input_ids"]) // 2)
+        return of_batch(self, model, inputs)
+
+    monkeypatch.setattr(checkpoints.ResumableTrainer, "compute_ref_log_probs", counted)
+    lora = ["--use_peft", "--lora_r", 2, "--lora_target_modules", "q_proj", "v_proj", "--learning_rate", 0]
+    assert main(command("--data", data, "--model", model, *lora, "--compare", "--max_steps", 2, "--out", out)) == 0
+    assert sum(batches) == 19 + 5
     saved = {path.name for path in (out / "robust" / "model").iterdir()}
-    assert "adapter_model.safetensors" in saved
     assert "model.safetensors" not in saved
+    plain, *others = ((out / arm / "model" / "adapter_model.safetensors").read_bytes() for arm in ARMS)
+    assert others == [plain, plain]
 
 
 # -- stops -------------------------------------------------------------------------------------------------------------

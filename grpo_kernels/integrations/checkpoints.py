@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from datasets import Dataset
@@ -93,6 +94,13 @@ class ResumableTrainer(GroupRobustDPOTrainer):
     """GroupRobustDPOTrainer whose checkpoints are written beside their place and take it when they are whole."""
 
     _part: Path | None = None
+
+    def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, *more: Any) -> Any:
+        """Alike in the folders beside this one, whatever the group options: the cache has the reference's pass."""
+        others = ("output_dir", "logging_dir", "run_name")
+        kept = {name: v for name, v in vars(args).items() if name not in others and not name.startswith("group_")}
+        beside = SimpleNamespace(**kept, output_dir=str(Path(args.output_dir).parent))
+        return super()._prepare_dataset(dataset, processing_class, beside, *more)
 
     def _get_output_dir(self, trial: Any) -> str:
         return super()._get_output_dir(trial=trial) if self._part is None else str(self._part)

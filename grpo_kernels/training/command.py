@@ -19,7 +19,7 @@ import datasets
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
-from transformers import EarlyStoppingCallback
+from transformers import EarlyStoppingCallback, set_seed
 from transformers.utils import logging
 from trl import get_peft_config, get_quantization_config
 
@@ -101,8 +101,8 @@ class Run:
         options, seed = self.options, self.config.seed
         if options.data is None:
             return embedded_task.data_set(4000, seed), embedded_task.data_set(600, seed + 10_000)
-        skip, column = options.on_bad_row == "skip", self.config.group_column
-        how = pairs.Reading(column, skip, options.eval_fraction, options.split_by, seed)
+        skip = options.on_bad_row == "skip"
+        how = pairs.Reading(self.config.group_column, skip, options.eval_fraction, options.split_by, seed)
         return pairs.load_pairs(options.data, options.eval_data, how)
 
     def _facts(self) -> dict[str, Any]:
@@ -172,12 +172,13 @@ class Run:
         watchers = [self.stop, callbacks.EvaluateAtTheEnd(), callbacks.Metrics(folder / "metrics.jsonl")]
         if self.options.early_stopping_patience is not None:
             watchers.append(EarlyStoppingCallback(self.options.early_stopping_patience))
+        set_seed(config.seed)  # an adapter begins in every arm alike, and the reference is computed once for all
         trainer = checkpoints.ResumableTrainer(
             name,
             args=config,
             train_dataset=self.train_rows,
             eval_dataset=self.eval_rows,
-            processing_class=self.tokenizer,
+            processing_class=copy.deepcopy(self.tokenizer),  # use would change its hash, and so that of the pairs
             callbacks=watchers,
             quantization_config=get_quantization_config(model),
             peft_config=get_peft_config(model),
@@ -188,7 +189,6 @@ class Run:
         if arm == "plain":  # alpha_g = N_g / N undoes the importance weights N / N_g: the mean over pairs
             sizes: Any = trainer.group_weights.group_sizes
             trainer.group_weights.log_alpha.copy_((sizes.double() / sizes.sum()).log())
-        halves = {p.dtype for p in trainer.model.parameters() if p.requires_grad} & {torch.bfloat16, torch.float16}
-        if halves:
-            warnings.warn(f"small steps do not move {halves.pop()} weights: leave --dtype at float32", stacklevel=2)
+        for dtype in {p.dtype for p in trainer.model.parameters() if p.requires_grad} & {torch.bfloat16, torch.float16}:
+            warnings.warn(f"small steps do not move {dtype} weights: leave --dtype at float32", stacklevel=2)
         return trainer

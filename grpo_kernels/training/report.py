@@ -131,8 +131,7 @@ def _save_picture(histories: dict[str, list[Record]], groups: list[str], results
     alpha.set(title=f"{arms[-1]}: weight alpha of each group", ylim=(0, 1.02))
     for where in (axes[0, 0], worst_losses):
         where.legend(fontsize="small")
-    for where in axes[1]:
-        where.set_xlabel("step")
+    figure.supxlabel("step", fontsize="medium")
     explained = f"held-out pairs (dotted: {at_zero:.3g}, where nothing is learned)"
     figure.suptitle(f"{TITLE.format(**results)}: {explained}", fontsize="medium")
     figure.savefig(path, dpi=110, format="png")

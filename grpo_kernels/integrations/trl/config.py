@@ -29,6 +29,7 @@ SEAMS = (  # what is overridden or called of TRL's and Transformers' trainers
     "_get_num_items_in_batch",
     "_get_output_dir",
     "_load_optimizer_and_scheduler",
+    "_prepare_dataset",
     "_save_checkpoint",
     "_set_signature_columns_if_needed",
     "compute_loss",
