@@ -74,8 +74,20 @@ def check_sequence(name: str, value: Any, what: str) -> None:
 
 def check_tensor(name: str, value: Any) -> None:
     if not isinstance(value, Tensor):
-        mend = f"; torch.as_tensor({name}) makes one" if isinstance(value, (list, tuple)) else ""
-        raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}{mend}")
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}{_how_to_make(name, value)}")
+
+
+def _how_to_make(name: str, value: Any) -> str:
+    """A tensor of what was given in its place: numbers, names, a module or a model's output."""
+    if isinstance(getattr(value, name, None), Tensor):  # a Linear for its weight, a model's output for its logits
+        return f": pass its .{name}"
+    first = value
+    while isinstance(first, (list, tuple)) and first:
+        first = first[0]
+    if isinstance(first, str):
+        return f" of names: number them, {name} are numbers"
+    is_array = type(value).__module__ == "numpy"
+    return f"; torch.as_tensor({name}) makes one" if is_array or (first is not value and _is(first, Real)) else ""
 
 
 def check_index_tensor(name: str, value: Any) -> None:

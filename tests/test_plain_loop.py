@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -90,7 +91,7 @@ def test_training_with_a_loss_in_eval_mode_says_so_once() -> None:
     [
         ([None, None], "2 forwards since the last step.* gave no total_pairs"),
         ([400, 400], "total_pairs=400 in a step of 4 pairs"),
-        ([torch.tensor(3), torch.tensor(3)], "total_pairs=3 in a step of 4 pairs"),
+        ([torch.tensor(3), torch.tensor(3)], r"2 forwards of 4 pairs since the last step\(\), more than total_pairs=3"),
         ([], "has not seen a single pair"),
     ],
 )
@@ -98,15 +99,30 @@ def test_step_warns_once_of_what_cannot_be_right(totals: list, message: str) -> 
     weights = weights_with(update="lagged")
     loss_fn = loss_of(weights)
     for attempt in range(2):
-        for total, num_pairs in zip(totals, (3, 1), strict=False):
-            loss_fn(*batch(num_pairs), total_pairs=total).loss.backward()
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
+            for total, num_pairs in zip(totals, (3, 1), strict=False):
+                loss_fn(*batch(num_pairs), total_pairs=total).loss.backward()
             weights.step()
         assert len(said) == (attempt == 0)
         if said:
             with pytest.warns(RuntimeWarning, match=message):
                 warnings.warn(said[0].message, stacklevel=1)
+
+
+def test_a_loop_that_forgets_step_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("grpo_kernels.groups.watch.UNSTEPPED", 3)
+    for total, forwards, message in ((8, 3, "3 forwards of 12 pairs"), (None, 3, "3 forwards without step")):
+        loss_fn = loss_of(weights_with(update="lagged"))
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            for _ in range(forwards - 1):
+                loss_fn(*batch(), total_pairs=total).loss.backward()
+        with pytest.warns(RuntimeWarning, match=message):
+            loss_fn(*batch(), total_pairs=total)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            loss_fn(*batch(), total_pairs=total)
 
 
 def test_step_is_silent_where_all_is_right() -> None:
@@ -263,3 +279,20 @@ def test_what_others_call_a_loss_is_named(name: str, ours: str) -> None:
             call()
     with pytest.raises(ValueError, match=r"loss_type must be one of 'sigmoid', .*got 'dpoo'"):
         loss_of(weights_with(), loss_type="dpoo")
+
+
+def test_what_is_nearly_a_tensor_is_told_how_to_become_one() -> None:
+    logits, labels, group_ids = batch()
+    loss_fn = loss_of(weights_with())
+    of_hidden = gk.LinearGroupRobustLoss(weights_with(), reference_free=True)
+    head = torch.nn.Linear(11, 11)
+    for call, message in (
+        (lambda: loss_fn(logits, labels, ["a", "b", "a", "b"]), "got list of names: number them"),
+        (lambda: loss_fn(logits, labels, group_ids.numpy()), r"got ndarray; torch.as_tensor\(group_ids\) makes one"),
+        (lambda: loss_fn(logits, labels.tolist(), group_ids), r"got list; torch.as_tensor\(labels\) makes one"),
+        (lambda: loss_fn(SimpleNamespace(logits=logits), labels, group_ids), r"SimpleNamespace: pass its .logits"),
+        (lambda: of_hidden(logits, head, labels, group_ids), "got Linear: pass its .weight"),
+        (lambda: of_hidden((logits,), head.weight, labels, group_ids), "hidden must be a torch.Tensor, got tuple$"),
+    ):
+        with pytest.raises(TypeError, match=message):
+            call()

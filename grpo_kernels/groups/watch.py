@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+UNSTEPPED = 1000  # forwards: more than gradients are accumulated over
+
 
 class Watch:
     """Numbers on a GPU are read back only until they have been right once: no step waits for the device later."""
@@ -38,6 +40,21 @@ class Watch:
 
     def saw_forward(self, num_pairs: int, total_pairs: Any) -> None:
         self._forwards.append((num_pairs, total_pairs))
+        if "total" in self._said:
+            return
+        pairs = sum(of_forward for of_forward, _ in self._forwards)
+        is_readable = not isinstance(total_pairs, Tensor) or total_pairs.device.type == "cpu"
+        if total_pairs is not None and is_readable and pairs > float(total_pairs):
+            self.once(
+                "total",
+                f"{len(self._forwards)} forwards of {pairs} pairs since the last step(), more than total_pairs="
+                f"{float(total_pairs):g}: call step() beside optimizer.step(), without which alpha does not move, and "
+                "pass the number of pairs of all forwards and ranks in between, by which loss and gradient are divided",
+            )
+        elif len(self._forwards) == UNSTEPPED:
+            self.once(
+                "step", f"{UNSTEPPED} forwards without step(): with update='lagged' alpha does not move until then"
+            )
 
     def at_step(self, counts: Tensor, estimator: str, num_ranks: int) -> None:
         """``counts`` (K,): pairs of all ranks since the last step."""
