@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import zlib
 from typing import Any
 
 import torch
@@ -49,6 +50,31 @@ def shares_ranks(data_parallel: dist.ProcessGroup | None, other: dist.ProcessGro
     """True where more than one rank of ``other`` is a data-parallel rank as well."""
     ranks = dist.get_process_group_ranks(dist.group.WORLD if data_parallel is None else data_parallel)
     return len(set(ranks) & set(dist.get_process_group_ranks(other))) > 1
+
+
+def check_made_alike(made_with: dict[str, Any], process_group: dist.ProcessGroup | None, device: torch.device) -> None:
+    """A collective of 8 bytes a rank.
+
+    Args:
+        made_with: options by name, as `GroupWeights` has them.
+
+    Raises:
+        RuntimeError: on every rank, where they are not the same on all; names the options that differ.
+    """
+    own = torch.tensor([zlib.crc32(repr(made_with).encode())], device=device)
+    everyones = [torch.empty_like(own) for _ in range(dist.get_world_size(process_group))]
+    dist.all_gather(everyones, own, group=process_group)
+    if all(torch.equal(own, other) for other in everyones):
+        return
+    options: list[Any] = [None] * len(everyones)
+    dist.all_gather_object(options, made_with, group=process_group)
+    rank = next(rank for rank, other in enumerate(options) if other != options[0])
+    differ = [name for name in options[0] if options[0][name] != options[rank][name]]
+    each = (" ".join(f"{name}={options[r][name]!s:.200}" for name in differ) for r in (0, rank))
+    raise RuntimeError(
+        f"GroupWeights must have the same groups and options on all ranks, got {next(each)} on rank 0 and {next(each)} "
+        f"on rank {rank}: sizes are of the whole training set, not of a rank's part"
+    )
 
 
 def sum_over_ranks(

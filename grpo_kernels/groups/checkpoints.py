@@ -36,6 +36,19 @@ def settings_of(weights: GroupWeights) -> Tensor:
     return torch.tensor([*numbers, *later], dtype=torch.float64)
 
 
+def made_with(weights: GroupWeights) -> dict[str, Any]:
+    """What must be the same on all ranks, by the names that the user gave it: the groups and the options above."""
+    sizes, given = weights.group_sizes, weights.given_baseline
+    own_names = {"rule_parameter": ALPHA_RULES[weights.rule].parameter, "update_mode": "update"}
+    names = [*_CHOICES, *_NUMBERS, "inner_tilt"]
+    return {
+        "num_groups": weights.num_groups,
+        "group_sizes": None if sizes is None else sizes.tolist(),
+        **{own_names.get(name, name): getattr(weights, name) for name in names},
+        "baseline": baseline_of(weights) if given is None else given.tolist(),
+    }
+
+
 def baseline_of(weights: GroupWeights) -> str:
     return "running" if weights.has_running_baseline else "none" if weights.given_baseline is None else "given"
 

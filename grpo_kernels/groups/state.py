@@ -63,6 +63,7 @@ class AlphaState(nn.Module):
         self._own: statistics.OwnStatistics | None = None
         self._own_log_tilts: Tensor | None = None  # (K,) of this rank alone since the last step, beside _own
         self._watch = Watch()
+        self._has_compared_ranks = False
         self._weighed = statistics.WeighedBatches()
         self.register_buffer("group_sizes", sizes)
         for name, value in self._initial_values().items():

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from grpo_kernels.distributed import group_sync
-from grpo_kernels.groups import diagnosis, hedge, statistics, tilt
+from grpo_kernels.groups import checkpoints, diagnosis, hedge, statistics, tilt
 from grpo_kernels.groups.diagnosis import Diagnosis
 from grpo_kernels.groups.rules import moved_log_alpha
 from grpo_kernels.groups.state import AlphaState
+from grpo_kernels.groups.watch import is_capturing
 from grpo_kernels.kernels import ops  # noqa: F401  (defines torch.ops.grpo_kernels)
 
 RUNNING_BASELINE = 0.9  # decay of the running mean whose lowest value is baseline="running": some ten batches
@@ -175,8 +176,18 @@ class AlphaUpdates(AlphaState):
 
     def clock(self, in_step: bool = False) -> Tensor:
         """(3,) int64, alike on ranks that are at the same step; see `group_sync.sum_over_ranks`."""
+        self._compare_ranks()
         forwards = self._own_statistics().forwards
         return torch.stack([self.shared_updates, forwards, torch.full_like(forwards, in_step)])
+
+    def _compare_ranks(self) -> None:
+        """Before the first collective: ranks of other options would each move an alpha of their own, and such with
+        another number of groups wait for each other. Not compiled, nor in a graph: telling waits for the device."""
+        if torch.compiler.is_compiling() or self._has_compared_ranks or is_capturing(self.log_alpha):
+            return
+        self._has_compared_ranks = True
+        if not self.log_alpha.is_meta:
+            group_sync.check_made_alike(checkpoints.made_with(self), self.process_group, self.log_alpha.device)
 
     def _moved(self, log_alpha: Tensor, losses: Tensor, present: Tensor) -> Tensor:
         """log alpha after one step of the rule on ``chi * losses``."""

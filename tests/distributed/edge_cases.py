@@ -111,6 +111,28 @@ def ranks_at_different_steps_get_an_error() -> None:
 
 
 @case
+def ranks_of_other_groups_or_options_get_an_error() -> None:
+    rank, world = rank_and_world()
+    if world == 1:
+        return
+    others = (
+        ({"group_sizes": [5, 3, 1]}, {"group_sizes": [5, 3]}, r"num_groups=3 group_sizes=\[5, 3, 1\] on rank 0"),
+        ({"group_sizes": [5, 3, 1]}, {"group_sizes": [5, 2, 1]}, r"\[5, 3, 1\] on rank 0 and group_sizes=\[5, 2, 1\]"),
+        ({"num_groups": 3, "baseline": [0.1] * 3}, {"num_groups": 3}, r"got baseline=\[0.1, 0.1, 0.1\] on rank 0 and"),
+    )
+    for first, last, message in others:
+        options = {"estimator": "group_mean"} if "num_groups" in first else {}
+        groups = gk.GroupWeights(step_size=0.1, **options, **(last if rank == world - 1 else first))
+        loss_fn = gk.GroupRobustLoss(groups, reference_free=True)
+        logits, labels = torch.randn(2, 3, 7, requires_grad=True), torch.ones(2, 3, dtype=torch.int64)
+        with pytest.raises(RuntimeError, match=message):
+            loss_fn(logits, labels, torch.tensor([0]))
+    lagged = gk.GroupWeights(group_sizes=[5, 3], step_size=0.1 * (1 + rank), update="lagged")
+    with pytest.raises(RuntimeError, match=r"step_size=0\.1 on rank 0 and step_size=0\.2 on rank 1"):
+        lagged.step()
+
+
+@case
 def statistics_by_hand_are_summed_or_say_that_they_are_not() -> None:
     rank, world = rank_and_world()
     sums, counts = torch.tensor([1.0 + rank, 2.0, 0.5]), torch.tensor([2, 1, 1])
