@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -182,6 +183,21 @@ def test_a_head_that_is_more_than_its_matrix_takes_the_logits_path() -> None:
     model.lm_head = Doubled(16, 60, bias=False)
     with pytest.raises(NotImplementedError, match=r"the head of LlamaForCausalLM is more than its matrix"):
         hf.find_head(model)
+
+
+def test_an_optimizer_made_after_find_head_has_the_shards(tmp_path: Path) -> None:
+    """find_head runs a forward, which alone leaves FSDP2's root gathered, and its parameters no shards."""
+    fsdp2 = pytest.importorskip("torch.distributed.fsdp", reason="this PyTorch has no torch.distributed")
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        mesh = torch.distributed.init_device_mesh("cpu", (1,))
+        for look in (hf.find_head, hf.has_balancing_loss):
+            model = model_of("Llama")
+            fsdp2.fully_shard(model, mesh=mesh)
+            look(model)
+            assert all(hasattr(parameter, "full_tensor") for parameter in model.parameters())
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 @pytest.mark.parametrize("linear", [True, False])

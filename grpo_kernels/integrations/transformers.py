@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable, Iterable
+import sys
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import MethodType
@@ -140,6 +142,11 @@ def find_head(model: Any) -> Head:
         Head(scale=1.0, softcap=None)
     """
     check_causal(model)
+    with _left_sharded(model):
+        return _found_head(model)
+
+
+def _found_head(model: Any) -> Head:
     name, layer = type(model).__name__, model.get_output_embeddings()
     # Not an adapter around a matrix: it has a weight, too, and gives the same while it is untrained.
     is_matrix = isinstance(layer, torch.nn.Linear) and layer.weight.is_floating_point() and layer.weight.dim() == 2
@@ -179,6 +186,19 @@ def find_head(model: Any) -> Head:
     raise NotImplementedError(f"{name} changes its logits in a way that its config does not say: use the logits path")
 
 
+@contextlib.contextmanager
+def _left_sharded(model: Any) -> Iterator[None]:
+    """A forward without a backward leaves the parameters of FSDP2's root whole: an optimizer that is made after it
+    would hold these in place of the shards, and train nothing of the embeddings and the head, without an error."""
+    try:
+        yield
+    finally:
+        fsdp2 = sys.modules.get("torch.distributed.fsdp")  # where nobody imported it, nothing is sharded by it
+        for module in model.modules():
+            if fsdp2 is not None and isinstance(module, fsdp2.FSDPModule):
+                module.reshard()
+
+
 def head_or_none(model: Any) -> Head | None:
     """`find_head`, and None for a model that must take the logits path."""
     try:
@@ -191,7 +211,8 @@ def head_or_none(model: Any) -> Head | None:
 def has_balancing_loss(model: Any) -> bool:
     """Whether a model with experts computes their balancing loss, found by one forward on two tokens."""
     ids = torch.zeros(1, 2, dtype=torch.long, device=model.get_input_embeddings().weight.device)
-    outputs = model(input_ids=ids, output_router_logits=True, use_cache=False)
+    with _left_sharded(model):
+        outputs = model(input_ids=ids, output_router_logits=True, use_cache=False)
     return getattr(outputs, "aux_loss", None) is not None
 
 
