@@ -19,7 +19,7 @@ import datasets
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
-from transformers import EarlyStoppingCallback, set_seed
+from transformers import EarlyStoppingCallback
 from transformers.utils import logging
 from trl import get_peft_config, get_quantization_config
 
@@ -172,13 +172,12 @@ class Run:
         watchers = [self.stop, callbacks.EvaluateAtTheEnd(), callbacks.Metrics(folder / "metrics.jsonl")]
         if self.options.early_stopping_patience is not None:
             watchers.append(EarlyStoppingCallback(self.options.early_stopping_patience))
-        set_seed(config.seed)  # an adapter begins in every arm alike, and the reference is computed once for all
         trainer = checkpoints.ResumableTrainer(
             name,
             args=config,
             train_dataset=self.train_rows,
             eval_dataset=self.eval_rows,
-            processing_class=copy.deepcopy(self.tokenizer),  # use would change its hash, and so that of the pairs
+            processing_class=self.tokenizer,
             callbacks=watchers,
             quantization_config=get_quantization_config(model),
             peft_config=get_peft_config(model),
