@@ -206,6 +206,9 @@ def test_plans_cost_what_was_worked_out_by_hand(
     of_float32 = linear_plan._plan(replace(shape, weight_itemsize=4), name, chunk, kept)  # copied to bfloat16
     sums = {"recompute": 32000 * (chunk < 400), "keep": 32000}.get(name, 0)  # are the gradient itself
     assert of_float32.extra_bytes == extra + 8000 * 2 - sums
+    on_cpu = linear_plan._plan(replace(shape, device=replace(device, name="cpu")), name, chunk, kept)
+    sums_up = needs[1] and chunk < 400  # the product is written, read and widened
+    assert on_cpu.seconds == pytest.approx(plan.seconds + sums_up * -(-400 // chunk) * 2 * 8000 * 2 / 1e8)
 
 
 def test_a_sweep_s_chunk_is_made_for_the_pairs_of_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
