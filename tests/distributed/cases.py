@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import re
 import tempfile
 from collections.abc import Callable
@@ -206,13 +207,27 @@ def a_non_finite_loss_on_one_rank_is_skipped_by_all() -> None:
 
 @case
 def evaluation_communicates_nothing() -> None:
-    rank, _ = rank_and_world()
-    loss_fn = gk.GroupRobustLoss(weights(None))
-    inputs = part(pairs(3), slice(None))
-    if rank == 0:  # would hang if it waited for the others
-        with torch.no_grad():
-            loss_fn(*inputs)
-        loss_fn.eval()(*inputs)
+    """And has one process's gradient, for whoever asks."""
+    logits, *rest = part(pairs(3), slice(None))
+    group = alone()
+    collectives = {name: getattr(dist, name) for name in ("all_reduce", "all_gather", "all_gather_into_tensor")}
+    for name in collectives:
+        setattr(dist, name, None)  # a forward that communicates fails
+    try:
+        for backend, update, tilt in itertools.product(backends(), ("inline", "lagged"), (None, 0.5)):
+            if backend == "triton" and (update == "lagged" or tilt):  # slow, and nothing new
+                continue
+            grads = []
+            for ranks in (None, group):
+                loss_fn = gk.GroupRobustLoss(weights(ranks, update=update, inner_tilt=tilt), backend=backend)
+                with torch.no_grad():
+                    loss_fn(logits, *rest)
+                loss = loss_fn.eval()(logits.requires_grad_(), *rest).loss
+                grads += torch.autograd.grad(2 * loss, logits)
+            torch.testing.assert_close(*grads, **EXACT)
+    finally:
+        for name, function in collectives.items():
+            setattr(dist, name, function)
 
 
 class Model(nn.Module):
