@@ -76,6 +76,8 @@ class LossSpec:
             if name not in PAIR_LOSSES and known in PAIR_LOSSES:
                 raise ValueError(f"loss_type must be {known!r} for what is also called {name!r}")
             validation.check_choice("loss_type", name, tuple(PAIR_LOSSES))
+            if not isinstance(PAIR_LOSSES[name], PairLoss):
+                raise TypeError(f"PAIR_LOSSES[{name!r}] must be a PairLoss, got {type(PAIR_LOSSES[name]).__name__}")
         if not names or len(weights) != len(names):
             raise ValueError(
                 f"loss_weights must have a number for each of loss_type={list(names)}, got {list(weights)}"
@@ -182,8 +184,13 @@ def value_and_slopes(spec: LossSpec, sequences: Sequences, beta: Number, e: Numb
             x = x / _known(counts)
         scores = Scores(x[0], x[1], sequences.margin, None if counts is None else counts[0], spec.discopop_tau)
         smoothing = e if entry.uses_label_smoothing else 0.0
-        losses = entry.value(scores, beta, smoothing)
-        slopes = torch.stack(entry.slopes(scores, beta, smoothing))
+        losses, of_scores = entry.value(scores, beta, smoothing), entry.slopes(scores, beta, smoothing)
+        if losses.shape != x[0].shape or len(of_scores) != 2 or of_scores[0].shape != x[0].shape:
+            raise ValueError(
+                f"PAIR_LOSSES[{name!r}] must give a loss and two slopes of shape {tuple(x[0].shape)}, one for each "
+                f"pair, got {tuple(losses.shape)} and {[tuple(slope.shape) for slope in of_scores]}"
+            )
+        slopes = torch.stack(of_scores)
         if entry.is_mean:
             slopes = slopes / _known(counts)
         if u_slope is not None:

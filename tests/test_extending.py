@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -106,3 +107,31 @@ def test_the_rule_moves_alpha_and_is_saved(extended: dict[str, Any]) -> None:
     assert torch.equal(other.alpha, by_rule.alpha)
     with pytest.raises(ValueError, match=r"slope must be finite and in \[0"):
         gk.GroupWeights(2, estimator="group_mean", rule="linear", slope=-1.0)
+
+
+def test_a_slope_or_a_loss_of_another_shape_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = PAIR_LOSSES["hinge"]
+    one_slope = dataclasses.replace(right, slopes=lambda *args: right.slopes(*args)[0], fused=False)
+    of_batch = dataclasses.replace(right, value=lambda *args: right.value(*args).mean(), fused=False)
+    ids, logps = torch.tensor([0, 1, 0]), torch.randn(6, requires_grad=True)
+    for entry, message in ((one_slope, "two slopes of shape"), (of_batch, r"\(3,\), one for each pair, got \(\)")):
+        monkeypatch.setitem(PAIR_LOSSES, "mine", entry)
+        loss_fn = gk.GroupRobustLoss(gk.GroupWeights(group_sizes=[3, 2], step_size=0.5), loss_type="mine")
+        with pytest.raises(ValueError, match=message):
+            loss_fn.from_logps(logps, ids, torch.zeros(6))
+    monkeypatch.setitem(PAIR_LOSSES, "mine", right.value)
+    with pytest.raises(TypeError, match=r"PAIR_LOSSES\['mine'\] must be a PairLoss, got function"):
+        gk.GroupRobustLoss(gk.GroupWeights(group_sizes=[3, 2], step_size=0.5), loss_type="mine")
+
+
+def test_a_backend_whose_module_lacks_something_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "half_a_backend.py").write_text("token_logps_forward = None")
+    monkeypatch.syspath_prepend(tmp_path)
+    half, nowhere = (
+        dispatch.BackendEntry(name, "", module=name, auto_devices=()) for name in ("half_a_backend", "no_backend")
+    )
+    monkeypatch.setattr(dispatch, "BACKENDS", [*dispatch.BACKENDS, half, nowhere])
+    assert dispatch.backends()["half_a_backend"] == ["its module 'half_a_backend' lacks token_logps_backward"]
+    assert "is not found" in dispatch.backends()["no_backend"][0]
+    with pytest.raises(NotImplementedError, match="lacks token_logps_backward"):
+        gk.sequence_logps(torch.randn(2, 3, 5), torch.zeros(2, 3, dtype=torch.int64), backend="half_a_backend")

@@ -188,6 +188,22 @@ BACKENDS: list[BackendEntry] = [
 ]
 
 
+OF_KERNELS = ("token_logps_forward", "token_logps_backward")  # of KernelBackend
+
+
+def _missing_functions(entry: BackendEntry) -> list[str]:
+    """Of a backend that somebody has added: what its module lacks of the contract. Dynamo cannot trace an import."""
+    if entry.module is None or entry.module.startswith("grpo_kernels.") or torch.compiler.is_compiling():
+        return []
+    try:
+        module = importlib.import_module(entry.module)
+    except ModuleNotFoundError as error:
+        return [f"its module {entry.module!r} is not found: {error}"]
+    wanted = (*OF_KERNELS, *(("group_robust_forward",) if entry.fuses_loss else ()))
+    lacking = [name for name in wanted if not hasattr(module, name)]
+    return [f"its module {entry.module!r} lacks {', '.join(lacking)}"] if lacking else []
+
+
 def entry_of(name: str) -> BackendEntry:
     for entry in BACKENDS:
         if entry.name == name:
@@ -210,7 +226,7 @@ def fused_kernels_of(name: str) -> FusedKernelBackend:
 
 
 def reasons_against(entry: BackendEntry, request: Request) -> list[str]:
-    return entry.not_usable_here() or entry.cannot_run(request)
+    return entry.not_usable_here() or _missing_functions(entry) or entry.cannot_run(request)
 
 
 def select(backend: str, request: Request) -> BackendEntry:
@@ -250,4 +266,4 @@ def backends() -> dict[str, list[str]]:
         >>> backends()["torch"]
         []
     """
-    return {entry.name: list(entry.not_usable_here()) for entry in BACKENDS}
+    return {entry.name: list(entry.not_usable_here() or _missing_functions(entry)) for entry in BACKENDS}
