@@ -23,6 +23,7 @@ ORDER = [
     ("kernels.autograd",),
     ("functional",),
     ("groups",),
+    ("loss_base",),
     ("losses",),
     ("integrations", "doctor"),
     ("paper",),
