@@ -94,7 +94,7 @@ sanitize: $(READY)
 	  $(if $(findstring /,$(PY)),$(abspath $(PY)),$(PY)) -m pytest -q -p no:cacheprovider --capture=sys \
 	  -k "(native or cpp) and not extension and not build" \
 	  $(CURDIR)/tests/test_native.py $(CURDIR)/tests/test_native_mathematics.py \
-	  $(CURDIR)/tests/test_sequence_logps.py $(CURDIR)/tests/test_losses.py $(ARGS)
+	  $(CURDIR)/tests/test_sequence_logps.py $(CURDIR)/tests/test_losses.py $(CURDIR)/tests/test_loss_inputs.py $(ARGS)
 
 # The PTX of the kernels in the interpreter of tests/ptx: longer than the tests; ARGS="--seeds 20" longer still.
 ptx: $(READY)

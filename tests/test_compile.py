@@ -8,18 +8,13 @@ import functools
 import pytest
 import torch
 from conftest import batch
+from loss_cases import ids
 
 import grpo_kernels as gk
 from grpo_kernels.batch import Pairs, Rows
 from grpo_kernels.kernels import ops
 from grpo_kernels.kernels.linear_pairs import Forecast
 from grpo_kernels.kernels.linear_plan import LinearPlan
-
-
-def ids() -> torch.Tensor:
-    """Groups of four pairs, on the default device."""
-    return torch.tensor([1, 0, 2, 1])
-
 
 OPS = torch.ops.grpo_kernels
 CHECKS = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
