@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal, Unpack, overload
 
-import torch
 from torch import Tensor
 
-from grpo_kernels import reference, validation
-from grpo_kernels.batch import Pairs, Rows
-from grpo_kernels.distributed import dtensor, vocab_parallel
-from grpo_kernels.distributed.context_parallel import SumOverRanks
-from grpo_kernels.kernels import dispatch, ops
-from grpo_kernels.kernels.autograd import LinearPairLogps, LinearTokenLogps, PairLosses, TokenLogps
-from grpo_kernels.kernels.linear import LinearHead
-from grpo_kernels.kernels.linear_pairs import Forecast
-from grpo_kernels.kernels.linear_plan import BUDGET_OPTIONS, Budget, LinearPlan, plan_for
+from grpo_kernels import validation
+from grpo_kernels.arguments import backend_of, checked_head_and_budget, rows_of_hidden, rows_of_logits
+from grpo_kernels.batch import Pairs
+from grpo_kernels.distributed import dtensor
+from grpo_kernels.logps import (
+    linear_logps_and_metrics_of_rows,
+    linear_logps_of_rows,
+    linear_token_logps_of_rows,
+    logps_of_rows,
+    losses_of_pairs,
+    metrics_of_rows,
+    sums_over_sequences,
+    token_logps_of_rows,
+)
 from grpo_kernels.loss_spec import LossSpec
 from grpo_kernels.types import (
     LAYOUTS,
@@ -93,6 +97,8 @@ def token_logps(
     backend: str = "auto",
     **options: Unpack[TokenOptions],
 ) -> Tensor: ...
+
+
 @overload
 def token_logps(
     logits: Tensor,
@@ -103,6 +109,8 @@ def token_logps(
     backend: str = "auto",
     **options: Unpack[TokenOptions],
 ) -> tuple[Tensor, TokenMetrics]: ...
+
+
 def token_logps(
     logits: Tensor,
     labels: Tensor,
@@ -138,8 +146,8 @@ def token_logps(
     """
     validation.check_option_names(options, TokenOptions)
     logits, rows = rows_of_logits(logits, labels, options)
-    metrics = _metrics_of_logits(logits, rows) if return_metrics else None
-    logps = _token_logps(logits, rows, inplace_backward, backend_of("logits", logits, backend))
+    metrics = metrics_of_rows(logits, rows) if return_metrics else None
+    logps = token_logps_of_rows(logits, rows, inplace_backward, backend_of("logits", logits, backend))
     return logps if metrics is None else (logps, metrics)
 
 
@@ -187,7 +195,7 @@ def linear_sequence_logps(
     """
     head, budget, row_options = checked_head_and_budget(weight, bias, {**options})
     hidden, head, rows = rows_of_hidden(hidden, head, labels, row_options)
-    return linear_logps(hidden, head, rows, budget, backend_of("hidden", hidden, backend))
+    return linear_logps_of_rows(hidden, head, rows, budget, backend_of("hidden", hidden, backend))
 
 
 @overload
@@ -201,6 +209,8 @@ def linear_token_logps(
     backend: str = "auto",
     **options: Unpack[LinearTokenOptions],
 ) -> Tensor: ...
+
+
 @overload
 def linear_token_logps(
     hidden: Tensor,
@@ -212,6 +222,8 @@ def linear_token_logps(
     backend: str = "auto",
     **options: Unpack[LinearTokenOptions],
 ) -> tuple[Tensor, TokenMetrics]: ...
+
+
 def linear_token_logps(
     hidden: Tensor,
     weight: Tensor,
@@ -250,11 +262,9 @@ def linear_token_logps(
     hidden, head, rows = rows_of_hidden(hidden, head, labels, row_options)
     entry = backend_of("hidden", hidden, backend)
     if return_metrics:
-        logps, metrics = _linear_logps_and_metrics(hidden, head, rows, budget, entry)
+        logps, metrics = linear_logps_and_metrics_of_rows(hidden, head, rows, budget, entry)
         return logps.view(shape), TokenMetrics._make(of_one.view(shape) for of_one in metrics)
-    if entry.module is None:
-        return _token_logps(_whole_logits(hidden, head), rows, False, entry).view(shape)
-    return _linear_token_logps(hidden, head, rows, plan_for(hidden, head, rows, budget), entry)[0].view(shape)
+    return linear_token_logps_of_rows(hidden, head, rows, budget, entry).view(shape)
 
 
 def preference_losses(
@@ -327,7 +337,7 @@ def sequence_logps_and_metrics(
 ) -> tuple[Tensor, TokenMetrics]:
     """`sequence_logps`, and what ``return_metrics`` adds to `token_logps`."""
     logits, rows = rows_of_logits(logits, labels, options)
-    metrics = _metrics_of_logits(logits, rows)
+    metrics = metrics_of_rows(logits, rows)
     return logps_of_rows(logits, rows, inplace_backward, backend_of("logits", logits, backend)), metrics
 
 
@@ -337,180 +347,7 @@ def linear_sequence_logps_and_metrics(
     """`linear_sequence_logps`, and what ``return_metrics`` adds to `linear_token_logps`."""
     head, budget, row_options = checked_head_and_budget(weight, bias, options)
     hidden, head, rows = rows_of_hidden(hidden, head, labels, row_options)
-    token_logps, metrics = _linear_logps_and_metrics(hidden, head, rows, budget, backend_of("hidden", hidden, backend))
-    return _sums_over_sequences(token_logps, rows), metrics
-
-
-# -- what the modules call: arguments are checked already ----------------------------------------------------------
-
-
-def losses_of_pairs(policy_logps: Tensor, pairs: Pairs) -> Tensor:
-    """(B,) of (2B,)."""
-    losses: Tensor = PairLosses.apply(policy_logps, *ops.PAIRS.pack(pairs))
-    return losses
-
-
-def backend_of(argument: str, tensor: Tensor, name: str) -> dispatch.BackendEntry:
-    return dispatch.select(name, dispatch.Request(argument, tuple(tensor.shape), tensor.dtype, tensor.device))
-
-
-def rows_of_logits(
-    logits: Tensor, labels: Tensor, options: RowOptions | TokenOptions | dict[str, Any]
-) -> tuple[Tensor, Rows]:
-    """The rank's own logits, and their rows: what every function of logits does first."""
-    logits, vocab_shard = dtensor.local_logits(logits, options.get("vocab_shard"))
-    labels, given = _unwrapped(labels, options)
-    num_columns = logits.shape[-1] if isinstance(logits, Tensor) and logits.dim() else 0
-    of_head = checked_scale_and_softcap(given)
-    rows = Rows.of("logits", logits, num_columns, labels, {**given, "vocab_shard": vocab_shard})
-    return reference.capped_logits(logits, *of_head), rows
-
-
-def checked_scale_and_softcap(options: dict[str, Any]) -> tuple[float, float]:
-    """Taken out of the options; a softcap of 0 is none."""
-    logit_scale, softcap = options.pop("logit_scale", 1.0), options.pop("softcap", None)
-    validation.check_logit_options(logit_scale, softcap)
-    return float(logit_scale), float(softcap or 0)
-
-
-def _unwrapped(labels: Tensor, options: Mapping[str, object]) -> tuple[Tensor, dict[str, Any]]:
-    given: dict[str, Any] = {**options}
-    names = [name for name in ("cu_seqlens", "token_weights") if given.get(name) is not None]
-    labels, *plain = dtensor.unwrapped(labels=labels, **{name: given[name] for name in names})
-    return labels, {**given, **dict(zip(names, plain, strict=True))}
-
-
-def logps_of_rows(logits: Tensor, rows: Rows, inplace_backward: bool, entry: dispatch.BackendEntry) -> Tensor:
-    """(S,) log-probabilities."""
-    if entry.module is None and rows.context_group is None and rows.vocab_shard is None:
-        return reference.sequence_logps(
-            logits, rows.labels, rows.cu_seqlens, rows.ignore_index, rows.average, rows.token_weights
-        )
-    return _sums_over_sequences(_token_logps(logits, rows, inplace_backward, entry), rows)
-
-
-def token_counts_of(rows: Rows) -> Tensor:
-    """(S,) float64 counted tokens of whole sequences."""
-    counts = rows.counts()
-    return counts if rows.context_group is None else SumOverRanks.apply(counts, rows.context_group)
-
-
-def checked_head_and_budget(
-    weight: Tensor, bias: Tensor | None, options: dict[str, Any]
-) -> tuple[LinearHead, Budget, dict[str, Any]]:
-    """And the options that are left: those of rows."""
-    head = checked_head(weight, bias, options)
-    of_budget = {name: options.pop(name) for name in BUDGET_OPTIONS if name in options}
-    return head, Budget(**of_budget), options
-
-
-def checked_head(weight: Tensor, bias: Tensor | None, options: dict[str, Any]) -> LinearHead:
-    """Its scale and softcap are taken out of the options."""
-    validation.check_float_tensor("weight", weight)
-    return LinearHead(weight, bias, *checked_scale_and_softcap(options))
-
-
-def rows_of_hidden(
-    hidden: Tensor, head: LinearHead, labels: Tensor, options: RowOptions | dict[str, Any]
-) -> tuple[Tensor, LinearHead, Rows]:
-    """The rank's own hidden states and head, under autocast in its dtype, and their rows."""
-    validation.check_float_tensor("hidden", hidden)
-    hidden, weight, bias, vocab_shard = dtensor.local_head(hidden, head.weight, head.bias, options.get("vocab_shard"))
-    hidden, head = _autocast(hidden), head._replace(weight=weight, bias=bias)
-    validation.check_head(hidden, weight, bias)
-    labels, given = _unwrapped(labels, options)
-    like = hidden if vocab_shard is None else vocab_parallel.like_whole_hidden(hidden, vocab_shard)
-    rows = Rows.of("hidden", like, head.num_columns, labels, {**given, "vocab_shard": vocab_shard})
-    return hidden, head, rows
-
-
-def linear_logps(
-    hidden: Tensor,
-    head: LinearHead,
-    rows: Rows,
-    budget: Budget,
-    entry: dispatch.BackendEntry,
-    pairs: Pairs | None = None,
-    forecast: Forecast | None = None,
-) -> Tensor:
-    """(S,) log-probabilities, by a sweep where the pairs' loss and a forecast of its weights are known."""
-    if entry.module is None:
-        return logps_of_rows(_whole_logits(hidden, head), rows, False, entry)
-    plan = plan_for(hidden, head, rows, budget, 0 if forecast is None else forecast.accumulators)
-    if plan.name == "sweep":
-        assert pairs is not None
-        assert forecast is not None
-        of_batch = (*ops.ROWS.pack(rows), *ops.PLAN.pack(plan), *ops.PAIRS.pack(pairs), *ops.FORECAST.pack(forecast))
-        logps: Tensor = LinearPairLogps.apply(hidden, *head, *of_batch, entry.name)
-        return logps
-    return _sums_over_sequences(_linear_token_logps(hidden, head, rows, plan, entry)[0], rows)
-
-
-def _linear_token_logps(
-    hidden: Tensor,
-    head: LinearHead,
-    rows: Rows,
-    plan: LinearPlan,
-    entry: dispatch.BackendEntry,
-    with_metrics: bool = False,
-) -> tuple[Tensor, Tensor]:
-    """(...) log-probabilities of the tokens, and their metrics (..., 4); (0,) where nobody asks for them."""
-    if rows.vocab_shard is not None:
-        of_logits, kernels = (head.logit_scale, head.softcap), dispatch.kernels_of(entry.name)
-        token_logps = vocab_parallel.VocabParallelLinearTokenLogps.apply(
-            hidden, head.weight, head.bias, of_logits, rows, plan, kernels
-        )
-        return token_logps, hidden.new_empty(0)
-    of_batch = (*ops.ROWS.pack(rows), *ops.PLAN.pack(plan))
-    found: tuple[Tensor, Tensor] = LinearTokenLogps.apply(hidden, *head, *of_batch, entry.name, with_metrics)
-    return found
-
-
-def _linear_logps_and_metrics(
-    hidden: Tensor, head: LinearHead, rows: Rows, budget: Budget, entry: dispatch.BackendEntry
-) -> tuple[Tensor, TokenMetrics]:
-    validation.check_whole_vocabulary(rows.vocab_shard)
-    if entry.module is None:
-        logits = _whole_logits(hidden, head)
-        return _token_logps(logits, rows, False, entry), _metrics_of_logits(logits, rows)
-    plan = plan_for(hidden, head, rows, budget)
-    token_logps, metrics = _linear_token_logps(hidden, head, rows, plan, entry, with_metrics=True)
-    return token_logps, TokenMetrics.of(metrics)
-
-
-def _metrics_of_logits(logits: Tensor, rows: Rows) -> TokenMetrics:
-    validation.check_whole_vocabulary(rows.vocab_shard)
-    return TokenMetrics.of(torch.ops.grpo_kernels.token_metrics(logits.detach(), rows.labels, rows.ignore_index))
-
-
-def _whole_logits(hidden: Tensor, head: LinearHead) -> Tensor:
-    return reference.head_logits(hidden, *head)
-
-
-def _token_logps(logits: Tensor, rows: Rows, inplace_backward: bool, entry: dispatch.BackendEntry) -> Tensor:
-    if inplace_backward:
-        validation.check_no_overlap("logits", logits)
-    if rows.vocab_shard is not None:
-        kernels = dispatch.kernels_of(entry.name)
-        return vocab_parallel.VocabParallelTokenLogps.apply(logits, rows, inplace_backward, kernels)
-    if entry.module is None:
-        return reference.token_logps(logits, rows.labels, rows.ignore_index)
-    return TokenLogps.apply(logits, rows.labels, rows.ignore_index, inplace_backward, entry.name)
-
-
-def _sums_over_sequences(token_logps: Tensor, rows: Rows) -> Tensor:
-    """(S,) sums, or means."""
-    sums, counts = rows.sums(rows.weighted(token_logps)), rows.counts()
-    if rows.context_group is not None:
-        sums, counts = SumOverRanks.apply(torch.stack([sums, counts]), rows.context_group)
-    if rows.average:
-        sums = sums / counts.clamp(min=1)
-    return sums.to(token_logps.dtype)
-
-
-def _autocast(hidden: Tensor) -> Tensor:
-    """As torch.nn.functional.linear would cast it; the weight is cast where the products are made."""
-    device_type = hidden.device.type
-    if not torch.is_autocast_enabled(device_type) or hidden.dtype == torch.float64:
-        return hidden
-    return hidden.to(torch.get_autocast_dtype(device_type))
+    token_logps, metrics = linear_logps_and_metrics_of_rows(
+        hidden, head, rows, budget, backend_of("hidden", hidden, backend)
+    )
+    return sums_over_sequences(token_logps, rows), metrics

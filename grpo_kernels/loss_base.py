@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from grpo_kernels import validation
 from grpo_kernels.batch import Pairs, Rows
 from grpo_kernels.distributed import dtensor
-from grpo_kernels.functional import losses_of_pairs, token_counts_of
 from grpo_kernels.groups.memberships import Memberships
 from grpo_kernels.groups.weights import GroupWeights
+from grpo_kernels.logps import losses_of_pairs, token_counts_of
 from grpo_kernels.loss_spec import LossSpec
 from grpo_kernels.types import (
     ALPHA_FOLLOWS,

@@ -8,23 +8,17 @@ import torch
 from torch import Tensor
 
 from grpo_kernels import validation
+from grpo_kernels.arguments import backend_of, checked_head, rows_of_hidden, rows_of_logits
 from grpo_kernels.batch import Pairs, Rows
 from grpo_kernels.distributed import dtensor
-from grpo_kernels.functional import (
-    backend_of,
-    checked_head,
-    linear_logps,
-    linear_sequence_logps,
-    logps_of_rows,
-    rows_of_hidden,
-    rows_of_logits,
-)
+from grpo_kernels.functional import linear_sequence_logps
 from grpo_kernels.groups.forecast import forecast_of
 from grpo_kernels.groups.weights import GroupWeights
 from grpo_kernels.kernels import group_robust as tables
 from grpo_kernels.kernels import ops
 from grpo_kernels.kernels.autograd import FusedGroupRobustLoss
 from grpo_kernels.kernels.linear_plan import Budget
+from grpo_kernels.logps import linear_logps_of_rows, logps_of_rows
 from grpo_kernels.loss_base import GroupRobustLossBase
 from grpo_kernels.types import GroupRobustOutput, LossOptions, PairOptions, RowOptions
 
@@ -210,7 +204,7 @@ class LinearGroupRobustLoss(GroupRobustLossBase):
         is_known = not self.spec_of_alpha or self.group_weights.update_mode == "lagged"
         forecast = forecast_of(self.group_weights, pairs.group_ids, self.training) if is_known else None
         entry = backend_of("hidden", hidden, self.backend)
-        logps = linear_logps(hidden, head, rows, self.budget, entry, pairs, forecast)
+        logps = linear_logps_of_rows(hidden, head, rows, self.budget, entry, pairs, forecast)
         return self._of_pairs(logps, pairs, total_pairs)
 
     @torch.no_grad()

@@ -21,6 +21,7 @@ ORDER = [
     ("kernels.dispatch",),
     ("kernels.ops",),
     ("kernels.autograd",),
+    ("arguments", "logps"),
     ("functional",),
     ("groups",),
     ("loss_base",),

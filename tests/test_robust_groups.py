@@ -12,9 +12,9 @@ import truth
 from conftest import batch
 
 import grpo_kernels as gk
-from grpo_kernels.functional import plan_for
 from grpo_kernels.groups.forecast import forecast_of
 from grpo_kernels.kernels.linear import LinearHead
+from grpo_kernels.kernels.linear_plan import plan_for
 
 SIZES = [60, 35, 5]
 IDS = [0, 1, 2, 0, 1, 0, 1, 0]
