@@ -78,6 +78,7 @@ def sequence_logps(
         NotImplementedError: ``backend`` cannot run this input; the message says why.
 
     Example:
+        >>> import torch
         >>> sequence_logps(torch.zeros(1, 3, 4), torch.tensor([[1, 2, -100]]))  # 2 * log(1/4)
         tensor([-2.7726])
 
@@ -138,6 +139,7 @@ def token_logps(
         NotImplementedError: also for ``return_metrics`` with a sharded vocabulary, of which no rank has a whole row.
 
     Example:
+        >>> import torch
         >>> token_logps(torch.zeros(1, 3, 4), torch.tensor([[1, 2, -100]]))
         tensor([[-1.3863, -1.3863,  0.0000]])
         >>> _, metrics = token_logps(torch.zeros(1, 3, 4), torch.tensor([[1, 2, -100]]), return_metrics=True)
@@ -190,6 +192,7 @@ def linear_sequence_logps(
         ValueError, TypeError, NotImplementedError: as in `sequence_logps`.
 
     Example:
+        >>> import torch
         >>> linear_sequence_logps(torch.zeros(1, 3, 2), torch.ones(4, 2), torch.tensor([[1, 2, -100]]))
         tensor([-2.7726])
     """
@@ -244,6 +247,7 @@ def linear_token_logps(
         in hidden, weight and bias.
 
     Example:
+        >>> import torch
         >>> linear_token_logps(torch.zeros(3, 2), torch.ones(4, 2), torch.tensor([1, 2, -100]))
         tensor([-1.3863, -1.3863,  0.0000])
     """
@@ -310,6 +314,7 @@ def preference_losses(
         ValueError: a wrong shape or range. TypeError: a wrong dtype.
 
     Example:
+        >>> import torch
         >>> preference_losses(torch.tensor([-1.0, -1.0]), beta=0.5)  # no preference either way: log 2
         tensor([0.6931])
     """

@@ -12,9 +12,10 @@ import truth
 from conftest import batch
 
 import grpo_kernels as gk
+from grpo_kernels.batch import Rows
 from grpo_kernels.groups.forecast import forecast_of
 from grpo_kernels.kernels.linear import LinearHead
-from grpo_kernels.kernels.linear_plan import plan_for
+from grpo_kernels.kernels.linear_plan import Budget, plan_for
 
 SIZES = [60, 35, 5]
 IDS = [0, 1, 2, 0, 1, 0, 1, 0]
@@ -320,9 +321,9 @@ def plan_of(weights: gk.GroupWeights, ids: torch.Tensor) -> str:
     """What the planner would take for a head so wide that three products pay."""
     hidden = torch.randn(2 * len(ids), 64, 32, requires_grad=True)
     head = LinearHead(torch.randn(4096, 32, requires_grad=True), None, 1.0, 0.0)
-    rows = gk.functional.Rows(torch.zeros(2 * len(ids), 64, dtype=torch.int64))
+    rows = Rows(torch.zeros(2 * len(ids), 64, dtype=torch.int64))
     forecast = forecast_of(weights, ids)
-    budget = gk.functional.Budget(10**9)
+    budget = Budget(10**9)
     return plan_for(hidden, head, rows, budget, 0 if forecast is None else forecast.accumulators).name
 
 
@@ -361,7 +362,7 @@ def test_the_sweep_of_a_tilt_is_exact_in_small_chunks(tau: float, update: str) -
             weights.tilted_means.copy_(torch.tensor([0.4, math.nan, 0.9]))
         loss_fn = gk.LinearGroupRobustLoss(weights, beta=2.0, reference_free=True, plan="auto")
         leaves = [hidden.clone().requires_grad_(), head.clone().requires_grad_()]
-        loss_fn.budget = gk.functional.Budget(10**6 if plan == "sweep" else extra, plan)
+        loss_fn.budget = Budget(10**6 if plan == "sweep" else extra, plan)
         with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
             warnings.simplefilter("error")
             for name, value in (("CHUNK_ELEMENTS", 14 * 11), ("MIN_CHUNK_ROWS", 14)):
