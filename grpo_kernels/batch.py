@@ -89,6 +89,13 @@ class Rows:
         """(S,) float64: counted rows of each sequence."""
         return self.sums(self.counted)
 
+    def are_empty(self) -> Tensor:
+        """(S,) bool: no row of the sequence counts."""
+        if self.cu_seqlens is None:
+            return ~self.counted.any(-1)
+        counted_before = torch.nn.functional.pad(self.counted.cumsum(0), (1, 0))  # row 0, 1, ..., N
+        return counted_before[self.cu_seqlens.long().clamp(0, self.labels.shape[0])].diff() == 0
+
     def weighted(self, token_logps: Tensor) -> Tensor:
         return token_logps if self.token_weights is None else token_logps * self.token_weights
 

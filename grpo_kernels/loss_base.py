@@ -22,6 +22,7 @@ from grpo_kernels.types import (
     ALPHA_FOLLOWS,
     IGNORE_INDEX,
     LAYOUTS,
+    UPDATE_MODES,
     GroupRobustOutput,
     LogpsOptions,
     RowOptions,
@@ -114,6 +115,7 @@ class GroupRobustLossBase(nn.Module):
         num_pairs = policy_logps.shape[0] // 2
         pairs = self._pairs(num_pairs, policy_logps.device, group_ids, ref_logps, token_counts, **options)
         self._check_total_pairs(total_pairs)
+        self._watch_empty(pairs)
         return self._of_pairs(policy_logps, pairs, total_pairs)
 
     def from_pair_losses(
@@ -180,7 +182,9 @@ class GroupRobustLossBase(nn.Module):
         counts = options.pop("token_counts", None)
         if counts is None and self.spec.uses_counts:
             counts = token_counts_of(rows)
-        return self._pairs(rows.num_sequences // 2, rows.labels.device, group_ids, ref_logps, counts, **options)
+        pairs = self._pairs(rows.num_sequences // 2, rows.labels.device, group_ids, ref_logps, counts, **options)
+        self._watch_empty(pairs, rows)
+        return pairs
 
     def _of_pairs(self, policy_logps: Tensor, pairs: Pairs, total_pairs: int | Tensor | None) -> GroupRobustOutput:
         assert pairs.group_ids is not None
@@ -268,6 +272,18 @@ class GroupRobustLossBase(nn.Module):
             if child is not self.group_weights:
                 child.train(mode)
         return self
+
+    def _watch_empty(self, pairs: Pairs, rows: Rows | None = None) -> None:
+        """Sequences that train nothing, where that can be told: a rank with a part of the positions cannot."""
+        if torch.compiler.is_compiling() or self.group_weights.update_of_forward(self.training) not in UPDATE_MODES:
+            return
+        if pairs.token_counts is not None:
+            is_empty = pairs.by_pair(pairs.token_counts) == 0
+        elif rows is not None and rows.context_group is None:
+            is_empty = pairs.by_pair(rows.are_empty())
+        else:
+            return
+        self.group_weights.saw_empty(is_empty if pairs.weights is None else is_empty & (pairs.weights != 0))
 
     def _watch_eval(self, loss: Tensor) -> None:
         """Who trains with a loss in eval mode has most likely forgotten ``train()`` after an evaluation."""

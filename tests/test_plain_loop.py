@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 import grpo_kernels as gk
+from grpo_kernels.groups.watch import Watch
 
 SIZES = [9, 3]
 
@@ -81,6 +84,97 @@ def test_training_with_a_loss_in_eval_mode_says_so_once() -> None:
         loss_fn(*batch()).loss.backward()
         still = loss_of(weights_with().eval())  # on purpose
         still(*batch()).loss.backward()
+
+
+# -- sequences without a counted token ---------------------------------------------------------------------------------
+
+
+EMPTY = "sequences have no counted token.*of their pairs the other answer alone is trained"
+
+
+def with_empty(*sequences: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    logits, labels, ids = batch()
+    labels[list(sequences)] = -100
+    return logits, labels, ids
+
+
+def forward_of(kind: str, weights: gk.GroupWeights, **options) -> Callable[..., gk.GroupRobustOutput]:
+    """(logits, labels, group_ids, **pair options) -> output."""
+    if kind == "linear":
+        linear = gk.LinearGroupRobustLoss(weights, reference_free=True, **options)
+        return lambda hidden, *rest, **given: linear(hidden, torch.ones(11, 11), *rest, **given)
+    loss_fn = loss_of(weights, **options)
+    if kind == "packed":
+        lengths = F.pad(torch.full((8,), 5).cumsum(0), (1, 0))
+        return lambda logits, labels, ids, **given: loss_fn(
+            logits.flatten(0, 1), labels.flatten(), ids, cu_seqlens=lengths, **given
+        )
+    if kind == "logps":
+        return lambda logits, labels, ids, **given: loss_fn.from_logps(
+            gk.sequence_logps(logits, labels), ids, token_counts=(labels != -100).sum(1), **given
+        )
+    return loss_fn
+
+
+@pytest.mark.parametrize("update", ["inline", "lagged"])
+@pytest.mark.parametrize("kind", ["logits", "linear", "packed", "logps"])
+def test_sequences_that_train_nothing_are_counted_and_told_once(kind: str, update: str) -> None:
+    weights = weights_with(update=update)
+    forward = forward_of(kind, weights)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        forward(*with_empty())
+        assert weights.diagnose().empty_sequences == 0
+    with pytest.warns(RuntimeWarning, match=f"3 {EMPTY}"):
+        forward(*with_empty(1, 3, 7))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        forward(*with_empty(0))
+        weights.state_dict()
+        assert weights.diagnose().empty_sequences == 4
+
+
+def test_sequences_of_nothing_where_nobody_trains_on_them() -> None:
+    weights = weights_with()
+    loss_fn = loss_of(weights)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        padded = torch.tensor([1.0, 1.0, 1.0, 0.0])  # a batch filled up with a pair that weighs nothing
+        loss_fn(*with_empty(3, 7), weights=padded)
+        with torch.no_grad():
+            loss_fn(*with_empty(1))
+        loss_fn.eval()(*with_empty(1))
+        loss_fn.train().from_logps(torch.zeros(8), torch.zeros(4, dtype=torch.long))  # nobody knows
+    assert weights.diagnose().empty_sequences == 0
+
+
+@pytest.mark.parametrize(("layout", "pair"), [("chosen_first", (0, 4)), ("interleaved", (0, 1))])
+def test_a_pair_that_weighs_nothing_is_found_in_either_layout(layout: str, pair: tuple[int, int]) -> None:
+    loss_fn = loss_of(weights_with(), layout=layout)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        loss_fn(*with_empty(*pair), weights=torch.tensor([0.0, 1.0, 1.0, 1.0]))
+    with pytest.warns(RuntimeWarning, match=f"2 {EMPTY}"):
+        loss_fn(*with_empty(*pair), weights=torch.tensor([1.0, 0.0, 0.0, 0.0]))
+
+
+def test_a_first_label_that_nothing_predicts_counts_for_none() -> None:
+    weights = weights_with()
+    logits, labels, ids = batch()
+    labels[2, 1:] = -100
+    loss_of(weights)(logits, labels, ids)
+    with pytest.warns(RuntimeWarning, match=f"1 {EMPTY}"):
+        loss_of(weights, shift_labels=True)(logits, labels, ids)
+
+
+@pytest.mark.parametrize("read", ["step", "state_dict", "diagnose"])
+def test_a_gpu_s_count_is_read_where_something_is_read_anyway(read: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    weights = weights_with(update="lagged")
+    with monkeypatch.context() as on_a_gpu:
+        on_a_gpu.setattr(Watch, "num_empty", lambda self: 0)
+        loss_of(weights)(*with_empty(1))
+    with pytest.warns(RuntimeWarning, match=f"1 {EMPTY}"):
+        getattr(weights, read)()
 
 
 # -- lagged ----------------------------------------------------------------------------------------------------------

@@ -42,6 +42,8 @@ class Diagnosis(NamedTuple):
     unseen: tuple[int | None, ...]
     """(K,): updates since a batch last had a pair of the group; None: not yet seen."""
     warnings: tuple[str, ...]
+    empty_sequences: int
+    """Without a counted token, in the training forwards of this process. (Of a compiled loss they are not counted.)"""
 
     def metrics(self, names: Sequence[str]) -> dict[str, float]:
         """The numbers as a trainer logs them; a group that was not seen yet counts from the first update."""
@@ -131,6 +133,7 @@ def diagnose(weights: GroupWeights, trail: Trail, step: int | None, total_steps:
         effective_pairs=None if sizes is None else 1 / float((of_loss.square() / sizes).sum()),
         unseen=tuple(unseen),
         warnings=tuple(_warnings(weights, alphas, trail.updates if step is None else step, total_steps)),
+        empty_sequences=weights._watch.num_empty(),
     )
 
 

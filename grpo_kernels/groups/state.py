@@ -166,6 +166,7 @@ class AlphaState(nn.Module):
         # On a GPU the counter is not read back at each update; a checkpoint reads it anyway.
         assert isinstance(module, AlphaState)
         module._watch.if_skipped(module.skipped_updates, read_device=True)
+        module._watch.num_empty()
         own = module._own
         unsaved = 0 if own is None or own.counts.is_meta else round(float((own.counts + own.shares).sum()))
         if unsaved:

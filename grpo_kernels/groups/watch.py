@@ -20,6 +20,8 @@ class Watch:
         self._has_counted = False
         self._has_checked_total = False
         self.has_checked_graph = False  # of the first forward, for what FSDP2 does
+        self._has_checked_empty = False
+        self._num_empty = torch.zeros((), dtype=torch.int64)  # where the batches are
 
     def once(self, kind: str, text: str) -> None:
         if kind not in self._said:
@@ -37,6 +39,26 @@ class Watch:
                 "GRPO_KERNELS_DEBUG=1 ids and labels are checked, and the bad one is named. "
                 "GroupWeights.skipped_updates counts on",
             )
+
+    def saw_empty(self, is_empty: Tensor) -> None:
+        """``is_empty``: a bool for each sequence of a training forward, True where no token counts."""
+        if torch.compiler.is_compiling() or is_empty.is_meta or is_capturing(is_empty):
+            return
+        self._num_empty = self._num_empty.to(is_empty.device) + is_empty.sum()
+        if is_empty.device.type == "cpu":
+            self.num_empty()
+
+    def num_empty(self) -> int:
+        """Sequences without a counted token so far. Waits for the device."""
+        found = int(self._num_empty)
+        if found:
+            self.once(
+                "empty",
+                f"{found} sequences have no counted token, all their labels are ignore_index: their log-probability is "
+                "0, and of their pairs the other answer alone is trained. Leave such pairs out, give them a weight of "
+                "0, or cut prompts rather than answers. GroupWeights.diagnose().empty_sequences counts on",
+            )
+        return found
 
     def saw_forward(self, num_pairs: int, total_pairs: Any) -> None:
         self._forwards.append((num_pairs, total_pairs))
@@ -68,6 +90,9 @@ class Watch:
                 "step() has not seen a single pair: alpha does not move. Forwards count in training mode with "
                 "gradients on, and by the GroupWeights that they were given",
             )
+        if not self._has_checked_empty:
+            self._has_checked_empty = True
+            self.num_empty()
         totals = [total for _, total in forwards if total is not None]
         if estimator == "importance" and len(forwards) - len(totals) > 1:
             self.once(

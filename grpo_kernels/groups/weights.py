@@ -304,6 +304,10 @@ class GroupWeights(AlphaUpdates):
         if update == "inline":
             self.trail.saw(alpha, counts)
 
+    def saw_empty(self, is_empty: Tensor) -> None:
+        """Of a training forward: True where a sequence has no counted token."""
+        self._watch.saw_empty(is_empty)
+
     def after_forward(self, update: str, logps: Tensor, total_pairs: Any = None) -> None:
         """Remember the batch (its log-probabilities) by the alpha that weighs it, so that a forward that is run again
         inside a backward can be told from a new one.
