@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import gzip
 import importlib.util
 import json
@@ -20,6 +21,8 @@ os.environ |= {"HF_HUB_OFFLINE": "1"}
 pytest.importorskip("trl", reason="trl is not installed: pip install 'grpo-kernels[train]'")
 
 import datasets
+import pyarrow
+import pyarrow.parquet
 
 from grpo_kernels.__main__ import main
 from grpo_kernels.integrations import datasets as pairs
@@ -30,6 +33,10 @@ from grpo_kernels.training.options import loss_at_zero, parse
 ROOT = Path(__file__).parent.parent
 GOOD = {"prompt": "p", "chosen": "yes", "rejected": "no", "group": "a"}
 ROWS = [{**GOOD, "prompt": f"ja 是 {i // 2}", "chosen": f"yes {i}", "group": "ab"[i % 5 == 0]} for i in range(20)]
+
+
+def says(role: str, content: Any) -> list[dict[str, Any]]:
+    return [{"role": role, "content": content}]
 
 
 @pytest.fixture(autouse=True)
@@ -89,6 +96,11 @@ def test_the_packaged_pairs() -> None:
         ({**GOOD, "chosen": " "}, "1 of 3 rows are bad, the first is row 2: chosen is empty; --on-bad-row skip"),
         ({**GOOD, "rejected": None}, "the first is row 2: rejected must be a text or messages, got None"),
         ({**GOOD, "rejected": "yes"}, "the first is row 2: chosen and rejected are equal: a tie"),
+        ({**GOOD, "rejected": ["no"]}, "the first is row 2: rejected must be a text or messages, got ['no']"),
+        ({**GOOD, "rejected": [{"content": "no"}]}, "row 2: rejected must be a text or messages, got [{"),
+        ({**GOOD, "rejected": says("assistant", 3)}, "row 2: rejected must be a text or messages, got [{"),
+        ({**GOOD, "rejected": says("assistant", [])}, "row 2: rejected is empty"),
+        ({**GOOD, "rejected": says("assistant", "no")}, "prompt, chosen, rejected must be all texts or all messages"),
     ],
 )
 def test_a_bad_row_is_named(tmp_path: Path, row: dict[str, Any], reason: str) -> None:
@@ -104,6 +116,33 @@ def test_bad_rows_can_be_left_out(tmp_path: Path) -> None:
         assert read(source, skip_bad_rows=True) == sorted(ROWS, key=str)
 
 
+def test_messages_of_parts_and_calls_of_tools_are_answers(tmp_path: Path) -> None:
+    parts = {"prompt": says("user", "p"), "chosen": says("assistant", [{"type": "text", "text": "yes"}])}
+    calls = [{"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "look"}}]}]
+    source = written(tmp_path / "pairs.jsonl", [{**parts, "rejected": calls, "group": "a"}] * 2)
+    assert [len(part) for part in pairs.load_pairs(source, source, pairs.Reading())] == [2, 2]
+
+
+def test_a_row_that_cannot_be_decoded_is_named(tmp_path: Path) -> None:
+    rows = pyarrow.table({**{name: [value] * 3 for name, value in GOOD.items()}, "when": [0, 2**40, 0]})
+    when = rows["when"].cast(pyarrow.timestamp("s"))
+    pyarrow.parquet.write_table(rows.set_column(4, "when", when), tmp_path / "years.parquet")
+    bad = pyarrow.array([b"a", b"\xff", b"a"]).view(pyarrow.string())
+    pyarrow.parquet.write_table(rows.set_column(3, "group", bad).drop("when"), tmp_path / "bytes.parquet")
+    for name in ("years", "bytes"):
+        with pytest.raises(ValueError, match=rf"data .*{name}.parquet: row 2 cannot be read: "):
+            read(str(tmp_path / f"{name}.parquet"))
+
+
+def test_prompts_and_columns_that_are_no_texts_can_split(tmp_path: Path) -> None:
+    """Dates, say: what a CSV file or pandas makes of a column."""
+    day = datetime.date(2026, 1, 1)
+    rows = datasets.Dataset.from_list([{**GOOD, "day": day + datetime.timedelta(i // 2)} for i in range(20)])
+    train, evaluation = pairs.split(rows, pairs.Reading(split_by="day"))
+    assert len(evaluation) == 4
+    assert not set(train["day"]) & set(evaluation["day"])
+
+
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     def message(source: Any) -> str:
         with pytest.raises(ValueError) as caught:
@@ -117,14 +156,23 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
         ("b.jsonl", lines + "[1, 2]\n", "line 2: must be a JSON object"),
         ("c.jsonl", '{"prompt": "p"}\n', "must have a column 'chosen', it has ['prompt']"),
         ("d.jsonl", "", "holds no preference pairs"),
+        ("blank.jsonl", "\ufeff \n\n", "holds no preference pairs"),
+        ("blank.csv", "\n", "holds no preference pairs"),
+        ("deep.jsonl", lines + "[" * 100_000, "line 2: maximum recursion depth"),
         ("e.txt", lines, "must end with one of .jsonl, .json, .csv, .tsv, .parquet (and .gz), got 'e.txt'"),
     ):
         (tmp_path / name).write_text(text)
         assert reason in message(tmp_path / name), name
-    (tmp_path / "latin.jsonl").write_bytes(lines.encode() + b'{"prompt": "caf\xe9"}\n')
-    assert "line 2: 'utf-8' codec" in message(tmp_path / "latin.jsonl")
+    latin = lines.encode() + b'{"prompt": "caf\xe9"}\n'
+    for name in ("latin.jsonl", "latin.json", "latin.csv", "latin.tsv"):
+        (tmp_path / name).write_bytes(latin if "json" in name else b"prompt,chosen,rejected,group\np,caf\xe9,b,a\n")
+        assert "line 2: 'utf-8' codec" in message(tmp_path / name), name
+    (tmp_path / "latin.jsonl.gz").write_bytes(gzip.compress(latin))
+    assert "line 2: 'utf-8' codec" in message(tmp_path / "latin.jsonl.gz")
     (tmp_path / "cut.jsonl.gz").write_bytes(gzip.compress(lines.encode() * 50)[:-12])
-    message(tmp_path / "cut.jsonl.gz")
+    assert "Compressed file ended before" in message(tmp_path / "cut.jsonl.gz")
+    (tmp_path / "plain.csv.gz").write_text(lines)
+    assert "Not a gzipped file" in message(tmp_path / "plain.csv.gz")
     assert "there is no such file" in message(tmp_path / "none.jsonl")
     os.mkfifo(tmp_path / "pipe.jsonl")
     assert "must be a file that can be read twice, it is a pipe" in message(tmp_path / "pipe.jsonl")
@@ -246,11 +294,22 @@ def test_a_file_of_options(tmp_path: Path) -> None:
         (["--group_options", "floor"], "group_options must be a dict, or one as JSON, got 'floor'"),
         (["--data", "none.jsonl"], "data none.jsonl: there is no such file"),
         (["--config", "none.yaml"], "none.yaml"),
+        (["--config"], "config must be a YAML file, got nothing after --config"),
+        (
+            ["--config", "broken.yaml"],
+            "config must be a YAML file, 'broken.yaml' is not: while parsing a flow",
+        ),
+        (["--config", "latin.yaml"], "config must be a YAML file, 'latin.yaml' is not: 'utf-8' codec can't decode"),
+        (["--config", "list.yaml"], "config must hold options by name, 'list.yaml' holds ['beta']"),
+        (["--config", "empty.yaml"], "config must hold options by name, 'empty.yaml' holds None"),
     ],
 )
 def test_bad_options_are_named(
-    words: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    words: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name, text in (("broken", b"a: [b\n"), ("latin", b"data: caf\xe9\n"), ("list", b"- beta\n"), ("empty", b"")):
+        (tmp_path / f"{name}.yaml").write_bytes(text)
     assert main(["train", "--out", str(tmp_path / "out"), *words]) == 2
     assert message in capsys.readouterr().err.splitlines()[-1]
     assert not (tmp_path / "out" / "run.json").exists()

@@ -143,6 +143,8 @@ def bench(
     if not plots_only:
         cases = select(names).values() if names else QUICK if quick else DEFAULT
         records = run(tuple(cases), folder, device, seconds, quick)
+    elif not any(folder.glob("*.json")):
+        raise ValueError(f"--out must be a folder with records to draw, {str(folder)!r} has no .json")
     for picture in (*plots.draw(folder, folder), *plots.draw_summaries(folder, folder)):
         print(f"picture: {picture}")
     failed = [record["contender"] for record in records if record["ours"] and "failed_because" in record]

@@ -3,21 +3,37 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 
 def draw(records_folder: Path, out: Path) -> list[Path]:
-    """One PNG beside each JSON file of records; returns their paths."""
+    """One PNG beside each JSON file of records; returns their paths.
+
+    Raises:
+        ValueError: a file holds no records; names it.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     pictures = []
     for path in sorted(records_folder.glob("*.json")):
-        found = json.loads(path.read_text())
-        if any("median_ms" in record for record in found["records"]):
-            pictures.append(_bars(path.stem, found, out / f"{path.stem}.png"))
+        with _named_in_errors(path):
+            found = json.loads(path.read_text())
+            if any("median_ms" in record for record in found["records"]):
+                pictures.append(_bars(path.stem, found, out / f"{path.stem}.png"))
     return pictures
+
+
+@contextmanager
+def _named_in_errors(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (LookupError, TypeError, AttributeError, ValueError) as error:
+        reason = f"lacks {error}" if isinstance(error, KeyError) else error
+        raise ValueError(f"{path} must hold records as bench writes them: {reason}") from error
 
 
 def draw_summaries(records_folder: Path, out: Path) -> list[Path]:
@@ -25,7 +41,15 @@ def draw_summaries(records_folder: Path, out: Path) -> list[Path]:
     import matplotlib
 
     matplotlib.use("Agg")
-    files = [json.loads(path.read_text()) for path in sorted(records_folder.glob("*.json"))]
+    files = []
+    for path in sorted(records_folder.glob("*.json")):
+        with _named_in_errors(path):
+            files.append(json.loads(path.read_text()))
+    with _named_in_errors(records_folder):
+        return _summaries(files, out)
+
+
+def _summaries(files: list[dict[str, Any]], out: Path) -> list[Path]:
     pictures = []
     for path_name in ("logits", "linear"):
         own = [(found, r) for found in files for r in found["records"] if "median_ms" in r and _path(r) == path_name]

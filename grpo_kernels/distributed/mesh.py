@@ -16,6 +16,8 @@ from grpo_kernels.kernels.devices import Device
 from grpo_kernels.kernels.linear_plan import Budget, LinearPlan, LinearShape, plan_of
 
 NUM_GROUPS = 32  # of the group statistics
+MAX_DIGITS = 12  # products of four such numbers, and seconds made of them, are far from what a float can hold
+WHOLE_NUMBERS = f"whole numbers of at most {MAX_DIGITS} digits"
 
 
 @dataclass(frozen=True)
@@ -43,10 +45,13 @@ class Mesh:
             16384
         """
         names = [field.name for field in fields(cls)]
-        given = dict(part.partition("=")[::2] for part in text.split(","))
-        if not set(given) <= set(names) or not all(x.isdecimal() and int(x) for x in given.values()):
-            raise ValueError(f"mesh must be like dp=32,tp=8, of {', '.join(names)} and whole numbers, got {text!r}")
-        mesh = cls(**{name: int(number) for name, number in given.items()})
+        parts = [part.partition("=")[::2] for part in text.split(",")]
+        given = {name: _whole(number) for name, number in parts}
+        if not set(given) <= set(names) or len(given) < len(parts) or not all(given.values()):
+            raise ValueError(
+                f"mesh must be like dp=32,tp=8, of {', '.join(names)}, each once, and {WHOLE_NUMBERS}, got {text!r}"
+            )
+        mesh = cls(**given)
         if mesh.dp * mesh.cp % mesh.ep:
             raise ValueError(f"mesh must have an ep that divides dp * cp = {mesh.dp * mesh.cp}, got ep={mesh.ep}")
         return mesh
@@ -127,13 +132,19 @@ def sizes_of(text: str) -> tuple[int, int, int, int]:
     heads = {head.name: (head.hidden_size, head.vocab_size) for head in scale.HEADS}
     *first, last = text.split("x")
     parts: list[Any] = [*first, *heads[last]] if last in heads else [*first, last]
-    numbers = [int(part) if str(part).isdecimal() else 0 for part in parts]
+    numbers = [_whole(part) for part in parts]
     if len(numbers) != 4 or min(numbers) < 1:
         raise ValueError(
-            "linear must be SEQUENCESxLENGTHxHIDDENxVOCABULARY, whole numbers, or SEQUENCESxLENGTHx and one of "
+            f"linear must be SEQUENCESxLENGTHxHIDDENxVOCABULARY, {WHOLE_NUMBERS}, or SEQUENCESxLENGTHx and one of "
             f"{', '.join(heads)}, got {text!r}"
         )
     return numbers[0], numbers[1], numbers[2], numbers[3]
+
+
+def _whole(text: str | int) -> int:
+    """0 for what is no whole number, or too long a one."""
+    text = str(text)
+    return int(text) if text.isdecimal() and len(text) <= MAX_DIGITS else 0
 
 
 # Llama 3's layouts, about: short and long sequences, up to 16,384 GPUs.

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import codecs
+import gzip
 import json
 import random
 import warnings
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +19,7 @@ import datasets
 from datasets import Dataset, DatasetDict
 
 READERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
+NO_PAIRS = "holds no preference pairs"
 EVALUATION_SPLITS = ("test", "validation", "eval")
 PACKAGED = Path(__file__).parent.parent / "training" / "pairs"
 POLIS = "polis-housing-mini"
@@ -78,7 +83,7 @@ def _read(source: str) -> tuple[Dataset, Dataset | None]:
             found = datasets.load_dataset(source)
     except Exception as error:  # of datasets, pyarrow, pandas, the hub, the file system
         reason = str(error.__cause__ or error).strip().splitlines() or [type(error).__name__]
-        raise ValueError(f"data {source}: {_bad_line(path) or reason[0]}") from error
+        raise ValueError(f"data {source}: {_fault_in_text(path) or reason[0]}") from error
     if isinstance(found, DatasetDict):
         if "train" not in found:
             raise ValueError(f"data {source}: must have a split 'train', it has {sorted(found)}")
@@ -95,20 +100,29 @@ def _read_file(path: Path) -> Dataset:
     if kind is None:
         raise ValueError(f"must end with one of {', '.join(READERS)} (and .gz), got {path.name!r}")
     if not path.stat().st_size:
-        raise ValueError("holds no preference pairs")
+        raise ValueError(NO_PAIRS)
     more = {"sep": "\t"} if ".tsv" in path.suffixes else {}
     return datasets.load_dataset(kind, data_files=str(path), split="train", **more)
 
 
-def _bad_line(path: Path) -> str | None:
-    """The first line of a JSONL file that is no JSON object, which pyarrow names by a block and a column."""
-    if not path.is_file() or path.suffix != ".jsonl":
+def _fault_in_text(path: Path) -> str | None:
+    """What is wrong with a file of text, by its line: readers name a block and a column of it, or a byte."""
+    kind, name = _kind(path), path.name.removesuffix(".gz")
+    if kind in (None, "parquet") or not path.is_file():
         return None
-    for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
+    try:
+        content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    except (OSError, EOFError, zlib.error) as error:  # no gzip, or cut off
+        return str(error)
+    if not content.removeprefix(codecs.BOM_UTF8).strip():
+        return NO_PAIRS
+    of_each_line = name.endswith(".jsonl")
+    for number, line in enumerate(content.split(b"\n"), start=1):
         try:
-            if line.strip() and not isinstance(json.loads(line.decode("utf-8-sig")), dict):
+            text = line.decode("utf-8-sig")
+            if of_each_line and text.strip() and not isinstance(json.loads(text), dict):
                 return f"line {number}: must be a JSON object"
-        except ValueError as error:  # not JSON, not UTF-8
+        except (ValueError, RecursionError) as error:  # not UTF-8, not JSON
             return f"line {number}: {error}"
     return None
 
@@ -140,30 +154,49 @@ def check_rows(rows: Dataset, source: str, how: Reading) -> Dataset:
         warnings.warn(f"data {source}: {listed}; left out", UserWarning, stacklevel=2)
         rows = rows.select([number for number in range(len(rows)) if number not in bad])
     if not len(rows):
-        raise ValueError(f"data {source}: holds no preference pairs")
+        raise ValueError(f"data {source}: {NO_PAIRS}")
     return rows
 
 
 def _decoded(rows: Dataset, source: str) -> Iterator[dict[str, Any]]:
+    number = 0
     try:
-        yield from rows
-    except UnicodeDecodeError as error:  # Arrow takes the bytes as they are
-        raise ValueError(f"data {source}: {_bad_line(Path(source)) or error}") from None
+        for number, row in enumerate(rows, start=1):  # noqa: B007  (the row that was decoded last)
+            yield row
+    except Exception as error:  # Arrow takes what it is given: texts that are no UTF-8, years that Python does not know
+        reason = _fault_in_text(Path(source)) or f"row {number + 1} cannot be read: {error}"
+        raise ValueError(f"data {source}: {reason}") from error
 
 
 def _fault(row: dict[str, Any]) -> str | None:
-    for name in ("prompt", "chosen", "rejected"):
-        value = row.get(name, "")
-        if not isinstance(value, str) and not (isinstance(value, list) and value):
+    parts = [name for name in ("prompt", "chosen", "rejected") if name in row]
+    for name in parts:
+        value = row[name]
+        if not isinstance(value, str) and not _are_messages(value):
             return f"{name} must be a text or messages, got {value!r}"
-        answer = value if isinstance(value, str) else value[-1].get("content")
-        if (
-            name != "prompt"
-            and not (answer or "").strip()
-            and not (isinstance(value, list) and value[-1].get("tool_calls"))
-        ):
+        if name != "prompt" and _is_empty(value):
             return f"{name} is empty"
+    if len({type(row[name]) for name in parts}) > 1:
+        return f"{', '.join(parts)} must be all texts or all messages"
     return "chosen and rejected are equal: a tie" if row["chosen"] == row["rejected"] else None
+
+
+def _are_messages(value: Any) -> bool:
+    return (
+        isinstance(value, list)
+        and bool(value)
+        and all(isinstance(message, dict) and isinstance(message.get("role"), str) for message in value)
+        and all(isinstance(message.get("content"), str | list | None) for message in value)
+    )
+
+
+def _is_empty(answer: str | list[dict[str, Any]]) -> bool:
+    """A text, or messages whose last says nothing and calls no tool."""
+    if isinstance(answer, str):
+        return not answer.strip()
+    content = answer[-1].get("content")  # a text, or its parts
+    says = content.strip() if isinstance(content, str) else content
+    return not says and not answer[-1].get("tool_calls")
 
 
 def check_tokens(rows: Dataset, tokenizer: Any, source: str) -> None:
@@ -235,4 +268,4 @@ def split(rows: Dataset, how: Reading) -> tuple[Dataset, Dataset]:
     return train, evaluation
 
 
-_key: Callable[[Any], str] = json.dumps  # a prompt may be messages
+_key: Callable[[Any], str] = partial(json.dumps, default=str)  # a prompt may be messages, a column dates

@@ -182,6 +182,7 @@ def convergence_records(
 def run(config: ReproduceConfig, out: Path) -> dict[str, Any]:
     """Everything; returns what results.json holds."""
     console, began = make_console(), time.perf_counter()
+    out.mkdir(parents=True, exist_ok=True)  # an error now, not after a minute
 
     def bars(name: str, total: int) -> AbstractContextManager[ProgressBar]:
         return progress(console, name, total, 0)
@@ -211,7 +212,6 @@ def run(config: ReproduceConfig, out: Path) -> dict[str, Any]:
     claims = [*check_claims(results), *robustness.check(results["options"])]
     results["claims"] = [asdict(claim) for claim in claims]
     results["seconds"] = round(time.perf_counter() - began, 1)
-    out.mkdir(parents=True, exist_ok=True)
     (out / "results.json").write_text(json.dumps(results, indent=1))
     (out / "options.json").write_text(json.dumps(results["options"]))
     (out / "options.md").write_text(robustness.document(results["options"]))

@@ -6,9 +6,11 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+import yaml
 from trl import ModelConfig, TrlParser
 
 from grpo_kernels import validation
@@ -120,6 +122,7 @@ def parse(arguments: Sequence[str]) -> tuple[TrainOptions, TrainerOptions, Model
     if not torch.accelerator.is_available():
         defaults |= ON_CPU
     parser.set_defaults_with_config(**defaults)
+    _check_file_of_options(arguments)
     options, config, model = parser.parse_args_and_config(list(arguments))
     if model.model_name_or_path is None:
         parser.set_defaults_with_config(**SMALL_MODEL)
@@ -129,6 +132,24 @@ def parse(arguments: Sequence[str]) -> tuple[TrainOptions, TrainerOptions, Model
     if config.group_step_size is None and not elsewhere and 0 < at_zero < math.inf:
         config.group_step_size = 0.05 / at_zero  # in its units DPO and IPO move alpha alike
     return options, config, model
+
+
+def _check_file_of_options(arguments: Sequence[str]) -> None:
+    """
+    Raises:
+        ValueError: nothing comes after --config, or the file is no YAML with options by name.
+    """
+    if "--config" not in arguments:
+        return
+    path = next(iter(arguments[arguments.index("--config") + 1 :]), None)
+    if path is None:
+        raise ValueError("config must be a YAML file, got nothing after --config")
+    try:
+        options = yaml.safe_load(Path(path).read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"config must be a YAML file, {path!r} is not: {' '.join(str(error).split())}") from error
+    if not isinstance(options, dict) or not all(isinstance(name, str) for name in options):
+        raise ValueError(f"config must hold options by name, {path!r} holds {options!r}")
 
 
 def loss_at_zero(config: GroupRobustDPOConfig) -> float:
