@@ -273,6 +273,10 @@ def test_a_baseline_is_read_by_group(tmp_path: Path) -> None:
         ValueError, match=r"group_baseline must be 'running', a dict of losses, or a results.json, got 'no'"
     ):
         baseline("no")
+    for text in ("{", "{}", '{"runs": {"IS": 3}}'):
+        file.write_text(text)
+        with pytest.raises(ValueError, match=r"group_baseline must be a results.json of `train`, '.*' is none: "):
+            baseline(str(file))
 
 
 def test_a_file_of_options(tmp_path: Path) -> None:
@@ -292,6 +296,13 @@ def test_a_file_of_options(tmp_path: Path) -> None:
         (["--no_such_option", "1"], "not used by the HfArgumentParser: ['--no_such_option', '1']"),
         (["--step-size", "fast"], "group_step_size must be a number or 'auto', got 'fast'"),
         (["--group_options", "floor"], "group_options must be a dict, or one as JSON, got 'floor'"),
+        (
+            ["--group_options", "{floor}"],
+            "group_options must be a dict as JSON, got '{floor}': Expecting",
+        ),
+        (["--model_init_kwargs", "[1]"], "model_init_kwargs must be a dict, or one as JSON, got '[1]'"),
+        (["--lr_scheduler_kwargs", "x"], "lr_scheduler_kwargs must be a dict, or one as JSON, got 'x'"),
+        (["--group_options", '{"floor": 2}'], "floor must be finite and in [0.0, 1.0), got 2"),
         (["--data", "none.jsonl"], "data none.jsonl: there is no such file"),
         (["--config", "none.yaml"], "none.yaml"),
         (["--config"], "config must be a YAML file, got nothing after --config"),

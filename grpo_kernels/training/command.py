@@ -23,8 +23,10 @@ from transformers import EarlyStoppingCallback
 from transformers.utils import logging
 from trl import get_peft_config, get_quantization_config
 
+from grpo_kernels.groups.weights import GroupWeights
 from grpo_kernels.integrations import callbacks, checkpoints
 from grpo_kernels.integrations import datasets as pairs
+from grpo_kernels.integrations.trl.data import GroupColumn
 from grpo_kernels.training import embedded_task, report, start
 from grpo_kernels.training.options import loss_at_zero, parse
 
@@ -82,6 +84,10 @@ class Run:
         if len(self.train_rows) < 5000:  # tokenising takes no time: no bars
             datasets.disable_progress_bars()
         facts = self._facts()
+        # As the trainer will make them, so that a wrong option does not wait for the warm-up.
+        GroupWeights(
+            group_sizes=list(facts["groups"].values()), **self.config.group_weights_options(list(facts["groups"]))
+        )
         self._check_or_save(facts)
         self._describe(facts)
         name = self.model.model_name_or_path or start.small_model(
@@ -108,6 +114,7 @@ class Run:
     def _facts(self) -> dict[str, Any]:
         """What results.json says of the run, and what must be the same when it is resumed."""
         config, model = self.config, self.model.model_name_or_path
+        column = GroupColumn(config.group_column)
         per_step = config.per_device_train_batch_size * config.gradient_accumulation_steps * self.ranks.num_processes
         return {
             "model": model or "small Llama",
@@ -117,7 +124,7 @@ class Run:
             "step_size": config.group_step_size,
             "seed": config.seed,
             "loss_at_zero": loss_at_zero(config),
-            "groups": dict(sorted(Counter(map(str, self.train_rows[config.group_column])).items())),
+            "groups": dict(sorted(Counter(column.names_in(self.train_rows, "data")).items())),
             "pairs_per_step": per_step,
             "data_sha256": checkpoints.digest_of_rows(self.train_rows),
             "eval_data_sha256": checkpoints.digest_of_rows(self.eval_rows),

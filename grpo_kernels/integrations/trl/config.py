@@ -7,6 +7,7 @@ import json
 import math
 import os
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar
 
 from grpo_kernels import validation
@@ -59,6 +60,10 @@ BESIDE: dict[str, tuple[float, str, str]] = {
     "discopop_tau": (0.05, "loss_type", "discopop"),
     "f_alpha_divergence_coef": (0.5, "f_divergence_type", "alpha_divergence"),
 }
+DICTS = (
+    *("group_options", "group_sizes", "model_init_kwargs", "lr_scheduler_kwargs"),
+    *("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs"),
+)
 OF_THE_LOSS = ("loss_weights", "f_divergence_type", "f_alpha_divergence_coef", "discopop_tau")
 
 
@@ -172,8 +177,10 @@ class GroupRobustDPOConfig(DPOConfig):
     _VALID_DICT_FIELDS: ClassVar = [*DPOConfig._VALID_DICT_FIELDS, "group_options", "group_sizes", "group_baseline"]
 
     def __post_init__(self) -> None:
+        self._check_json()
         super().__post_init__()
         self.is_of_group_trainer = False  # GroupRobustDPOTrainer sets it; no field, so that no log or file has it
+        self._check_dicts()
         self._check_step_size()
         self._check_losses()
         self._check_groups()
@@ -231,8 +238,24 @@ class GroupRobustDPOConfig(DPOConfig):
         return {"step_size": STEP_SIZE, **options} if of_default_rule else options
 
     def _given_options(self) -> dict[str, Any]:
-        assert not isinstance(self.group_options, str)  # TrainingArguments has parsed it, _check_groups looked
+        assert not isinstance(self.group_options, str)  # TrainingArguments has parsed it, _check_dicts looked
         return self.group_options or {}
+
+    def _check_json(self) -> None:
+        """TrainingArguments reads it and says where it is broken, but not which option's."""
+        for name in self._VALID_DICT_FIELDS:
+            value = getattr(self, name, None)
+            if isinstance(value, str) and value.startswith("{"):
+                try:
+                    json.loads(value)
+                except (ValueError, RecursionError) as error:
+                    raise ValueError(f"{name} must be a dict as JSON, got {value[:100]!r}: {error}") from None
+
+    def _check_dicts(self) -> None:
+        for name in DICTS:
+            value = getattr(self, name, None)  # older versions have fewer
+            if not isinstance(value, dict | None):
+                raise TypeError(f"{name} must be a dict, or one as JSON, got {value!r}")
 
     def _check_step_size(self) -> None:
         if isinstance(self.group_step_size, str) and self.group_step_size != "auto":  # of a command line
@@ -277,9 +300,6 @@ class GroupRobustDPOConfig(DPOConfig):
         validation.check_choice("group_estimator", self.group_estimator, ESTIMATORS)
         if self.group_update is not None:
             validation.check_choice("group_update", self.group_update, UPDATE_MODES)
-        for name in ("group_options", "group_sizes"):
-            if not isinstance(getattr(self, name), dict | None):
-                raise TypeError(f"{name} must be a dict, or one as JSON, got {getattr(self, name)!r}")
         known = {*inspect.signature(GroupWeights).parameters, *(rule.parameter for rule in ALPHA_RULES.values())}
         elsewhere = {name: f"group_{name}" for name in ("estimator", "update", "baseline")}
         elsewhere["group_sizes"] = "group_sizes"
@@ -322,11 +342,15 @@ def _baseline(given: dict[str, float] | str, group_names: list[str]) -> list[flo
     if isinstance(given, str):
         if not os.path.isfile(given):
             raise ValueError(f"group_baseline must be 'running', a dict of losses, or a results.json, got {given!r}")
-        with open(given) as file:
-            runs = json.load(file)["runs"].values()
-        for scores in (run[when]["groups"] for run in runs for when in ("best", "last")):
-            for name, score in scores.items():
-                losses[name] = min(losses.get(name, math.inf), score["loss"])
+        try:
+            runs = json.loads(Path(given).read_text())["runs"].values()
+            for scores in (run[when]["groups"] for run in runs for when in ("best", "last")):
+                for name, score in scores.items():
+                    losses[name] = min(losses.get(name, math.inf), score["loss"])
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"group_baseline must be a results.json of `train`, {given!r} is none: {error!r}"
+            ) from error
     else:
         losses = given
     if set(losses) != set(group_names):
