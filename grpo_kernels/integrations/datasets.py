@@ -59,6 +59,11 @@ def load_pairs(source: str, eval_source: str | None, how: Reading) -> tuple[Data
     if eval_source is not None:
         return train, check_rows(_read(eval_source)[0], eval_source, how)
     if rest is not None:
+        if how.split_by is not None or how.eval_fraction != Reading.eval_fraction:
+            raise ValueError(
+                f"data {source}: has an evaluation split of its own: split_by and eval_fraction must be left out, got "
+                f"{how.split_by!r} and {how.eval_fraction}"
+            )
         return train, check_rows(rest, source, how)
     return split(train, how)
 

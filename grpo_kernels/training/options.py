@@ -53,6 +53,19 @@ class TrainOptions:
                 validation.check_number(name, getattr(self, name), least)
         if self.eval_data is not None and self.data is None:
             raise ValueError("eval_data needs data: the embedded task brings its own evaluation pairs")
+        is_split = self.data is not None and self.eval_data is None
+        self.check_idle("eval_fraction", is_split, "data that is split, without eval_data")
+        self.check_idle("split_by", is_split, "data that is split, without eval_data")
+        self.check_idle("sample_tokens", self.samples > 0, "samples")
+
+    def check_idle(self, name: str, has_meaning: bool, beside: str) -> None:
+        """
+        Raises:
+            ValueError: an option that is not left at its default would be ignored.
+        """
+        value = getattr(self, name)
+        if value and value != self.__dataclass_fields__[name].default and not has_meaning:
+            raise ValueError(f"{name} has a meaning beside {beside} only, got {value!r}")
 
 
 @dataclass
@@ -127,6 +140,8 @@ def parse(arguments: Sequence[str]) -> tuple[TrainOptions, TrainerOptions, Model
     if model.model_name_or_path is None:
         parser.set_defaults_with_config(**SMALL_MODEL)
         options, config, model = parser.parse_args_and_config(list(arguments))
+    for name in ("sft_steps", "sft_learning_rate"):
+        options.check_idle(name, model.model_name_or_path is None, "the small model, without --model,")
     elsewhere = {"rule", "step_size"} & set(config.group_options or {})
     at_zero = loss_at_zero(config)
     if config.group_step_size is None and not elsewhere and 0 < at_zero < math.inf:
