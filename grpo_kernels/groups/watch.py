@@ -21,7 +21,7 @@ class Watch:
         self._has_checked_total = False
         self.has_checked_graph = False  # of the first forward, for what FSDP2 does
         self._has_checked_empty = False
-        self._num_empty = torch.zeros((), dtype=torch.int64)  # where the batches are
+        self._num_empty = torch.zeros((), dtype=torch.int64, device="cpu")  # later where the batches are
 
     def once(self, kind: str, text: str) -> None:
         if kind not in self._said:
