@@ -18,7 +18,7 @@ import simulated_cuda
 import torch
 import torch.nn.functional as F
 import truth
-from conftest import SIMULATED, batch
+from conftest import EMPTY_BY_DESIGN, SIMULATED, batch
 from fused_cases import IDS, METHODS, assert_any_number_of_groups, calls_with_vectors, loss_of, packed_calls, two_calls
 
 from grpo_kernels.kernels import cuda, dispatch, gate
@@ -141,6 +141,7 @@ def test_fused_with_vectors_for_each_pair() -> None:
     assert_same_method({}, {}, calls_with_vectors())
 
 
+@EMPTY_BY_DESIGN
 @pytest.mark.usefixtures("simulated")
 @pytest.mark.parametrize("splits", [1, 4])
 @pytest.mark.parametrize("average", [False, True])
@@ -165,6 +166,7 @@ def test_fused_with_many_pairs_and_long_sequences() -> None:
     assert_same_method({"reference_free": True}, {}, [((logits, labels, ids[:1]), {})])
 
 
+@EMPTY_BY_DESIGN
 @pytest.mark.usefixtures("simulated")
 @pytest.mark.parametrize("shape", [(4, 0, 7), (0, 3, 7), (0, 0, 7)])
 def test_fused_without_rows(shape: tuple[int, int, int]) -> None:

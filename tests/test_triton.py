@@ -19,7 +19,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import truth
-from conftest import batch
+from conftest import EMPTY_BY_DESIGN, batch
 from fused_cases import (
     IDS,
     METHODS,
@@ -158,6 +158,7 @@ def test_fused_with_vectors_for_each_pair() -> None:
         assert_same_method({}, {}, calls_with_vectors((name,))[:1])
 
 
+@EMPTY_BY_DESIGN
 @pytest.mark.usefixtures("small_tiles")
 @pytest.mark.parametrize("splits", [1, 4])
 @pytest.mark.parametrize("average", [False, True])
@@ -180,6 +181,7 @@ def test_fused_with_many_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
     assert_same_method({"reference_free": True}, {}, [((logits, labels, ids), {})])
 
 
+@EMPTY_BY_DESIGN
 @pytest.mark.parametrize("shape", [(4, 0, 7), (0, 3, 7), (0, 0, 7)])
 def test_fused_without_rows(shape: tuple[int, int, int]) -> None:
     logits, labels = torch.zeros(shape, dtype=torch.float64), torch.zeros(shape[:2], dtype=torch.int64)
