@@ -167,15 +167,6 @@ def test_a_first_label_that_nothing_predicts_counts_for_none() -> None:
         loss_of(weights, shift_labels=True)(logits, labels, ids)
 
 
-def test_weights_made_on_the_meta_device_count_too() -> None:
-    with torch.device("meta"):
-        loss_fn = loss_of(weights_with())
-    loss_fn.to_empty(device="cpu")
-    loss_fn.group_weights.reset_parameters()
-    with pytest.warns(RuntimeWarning, match=f"1 {EMPTY}"):
-        loss_fn(*with_empty(1))
-
-
 @pytest.mark.parametrize("read", ["step", "state_dict", "diagnose"])
 def test_a_gpu_s_count_is_read_where_something_is_read_anyway(read: str, monkeypatch: pytest.MonkeyPatch) -> None:
     weights = weights_with(update="lagged")
