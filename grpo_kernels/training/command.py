@@ -85,9 +85,9 @@ class Run:
             datasets.disable_progress_bars()
         facts = self._facts()
         # As the trainer will make them, so that a wrong option does not wait for the warm-up.
-        GroupWeights(
-            group_sizes=list(facts["groups"].values()), **self.config.group_weights_options(list(facts["groups"]))
-        )
+        given: Any = self.config.group_sizes
+        sizes = dict(sorted((given or facts["groups"]).items()))
+        GroupWeights(group_sizes=list(sizes.values()), **self.config.group_weights_options(list(sizes)))
         self._check_or_save(facts)
         self._describe(facts)
         name = self.model.model_name_or_path or start.small_model(
