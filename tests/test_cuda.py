@@ -157,6 +157,7 @@ def test_fused_with_any_number_of_groups(num_groups: int, estimator: str) -> Non
     assert_any_number_of_groups(assert_same_method, num_groups, estimator)
 
 
+@EMPTY_BY_DESIGN
 @pytest.mark.usefixtures("simulated")
 def test_fused_with_many_pairs_and_long_sequences() -> None:
     logits, labels = batch(num_pairs=70, length=2, vocab=5)

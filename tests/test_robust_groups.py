@@ -9,7 +9,7 @@ import warnings
 import pytest
 import torch
 import truth
-from conftest import batch
+from conftest import EMPTY_BY_DESIGN, batch
 
 import grpo_kernels as gk
 from grpo_kernels.batch import Rows
@@ -90,6 +90,7 @@ OPTIONS = {
 MEMBERS = {"baseline": ONE_GROUP_EACH, "worst up": ONE_GROUP_EACH, "outliers down": ONE_GROUP_EACH}
 
 
+@EMPTY_BY_DESIGN
 @pytest.mark.parametrize("path", ["logps", "logits", "linear"])
 @pytest.mark.parametrize("lagged", [False, True])
 @pytest.mark.parametrize("estimator", ["importance", "group_mean"])
