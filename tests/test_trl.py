@@ -1,10 +1,9 @@
-"""GroupRobustDPOTrainer against TRL's own DPOTrainer, across ranks, over a stop, and its errors."""
+"""GroupRobustDPOTrainer in one process: against TRL's own DPOTrainer, over a stop, and its errors."""
 
 from __future__ import annotations
 
 import copy
 import os
-import socket
 import traceback
 import warnings
 from pathlib import Path
@@ -12,94 +11,33 @@ from typing import Any
 
 import pytest
 import torch
-from once import once
 
 os.environ |= {"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
 trl = pytest.importorskip("trl", reason="trl is not installed: pip install 'grpo-kernels[trl]'")
 datasets = pytest.importorskip("datasets", reason="datasets is not installed: pip install 'grpo-kernels[trl]'")
 peft = pytest.importorskip("peft", reason="peft is not installed: pip install peft")
 
-import transformers  # noqa: E402
 import trl_cases  # noqa: E402
-import trl_fsdp2  # noqa: E402
-
-import grpo_kernels as gk  # noqa: E402
-from grpo_kernels.integrations import transformers as hf  # noqa: E402
-from grpo_kernels.integrations.trl import (  # noqa: E402
-    GroupRobustDPOConfig,
-    GroupRobustDPOTrainer,
-    check_version,
+from trl_exact import (  # noqa: E402
+    AS_TRL,
+    AS_TRL_LOGS,
+    EXACT,
+    GROUPS,
+    LOGGED,
+    assert_same,
+    config,
+    gpt2,
+    llama,
+    pairs,
+    parameters,
+    shaken,
+    steps,
+    tokenizer,
+    trainer,
 )
 
-datasets.disable_progress_bars()
-GROUPS = ["rare", "usual", "usual", "other"]  # the group of pair i is GROUPS[i % 4]
-
-
-def pairs(count: int = 24, first: int = 0) -> Any:
-    rows = [
-        {
-            "prompt": f"{i}?",
-            "chosen": f" yes {i * i}" + "!" * (i % 3),
-            "rejected": f" no {i}",
-            "group": GROUPS[i % 4],
-        }
-        for i in range(first, first + count)
-    ]
-    return datasets.Dataset.from_list(rows)
-
-
-def llama() -> Any:
-    torch.manual_seed(0)
-    return hf.small_llama(300, hidden_size=32, num_layers=1, max_length=64, pad_id=0)
-
-
-def gpt2() -> Any:
-    """In float64 from end to end, where Llama's norms and rotary angles are float32 whatever its dtype is."""
-    torch.manual_seed(0)
-    none = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-    sizes = {"vocab_size": 300, "n_positions": 64, "n_embd": 32, "n_layer": 1, "n_head": 2}
-    return transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes, **none, pad_token_id=0)).double()
-
-
-# Two runs that differ in nothing but the order of their sums. In float64 a sum of n terms is off by at most n eps
-# of the sum of their magnitudes, and none here has more than 4096 (9 pairs of 64 positions, 300 logits). A step of
-# SGD adds rate times that, of a gradient clipped to 1, and lets what is there grow by 1 + rate * curvature, less
-# than 1.5 by far: after 8 steps 1e-2 * 4096 * 2**-52 * (1.5**8 - 1) / 0.5 < 1e-12. Log-probabilities are about -60,
-# hence 100 times that.
-EXACT = 1e-10
-# Trainer adds up its losses in float32, whatever their dtype: a few roundings of 2**-24.
-LOGGED = 4 * 2**-24
-# TRL's log-probabilities are float32: sums of at most 14 tokens, near -60, off by 14 * 2**-19 < 3e-5 each, four of
-# them in a margin. The slopes of the losses below are then off by less than 4e-5 of themselves, and so are the
-# steps, which move parameters by less than 0.02 together.
-AS_TRL, AS_TRL_LOGS = 1e-6, 4e-5
-
-
-def config(folder: Any, cls: type = GroupRobustDPOConfig, **options: Any) -> Any:
-    if cls is GroupRobustDPOConfig:
-        options = {"group_step_size": 0.5, **options}
-    fixed = {
-        "output_dir": str(folder),
-        "learning_rate": 1e-2,
-        "max_steps": 6,
-    }
-    return cls(**(trl_cases.FIXED | fixed | options))
-
-
-def trainer(folder: Any, *, model: Any = None, data: Any = None, eval_data: Any = None, **options: Any) -> Any:
-    """Of a tiny model and its copy as the reference, which differ a little, so that no margin is 0."""
-    model = gpt2() if model is None else model
-    reference = None
-    if not isinstance(model, peft.PeftModel) and not options.get("precompute_ref_log_probs"):
-        reference = shaken(copy.deepcopy(model))
-    return GroupRobustDPOTrainer(
-        model=model,
-        ref_model=reference,
-        args=config(folder, **options),
-        train_dataset=pairs() if data is None else data,
-        eval_dataset=eval_data,
-        processing_class=tokenizer(),
-    )
+from grpo_kernels.integrations import transformers as hf  # noqa: E402
+from grpo_kernels.integrations.trl import GroupRobustDPOTrainer, check_version  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
@@ -109,35 +47,6 @@ def _one_thread() -> Any:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
-
-
-def tokenizer() -> Any:
-    return hf.byte_level_tokenizer([], 300)
-
-
-def shaken(model: Any) -> Any:
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter += 0.02 * torch.randn(parameter.shape, generator=generator)
-    return model
-
-
-def parameters(of: Any) -> dict[str, torch.Tensor]:
-    return {name: value.detach().clone() for name, value in of.model.named_parameters() if value.requires_grad}
-
-
-def assert_same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor], tolerance: float = EXACT) -> None:
-    assert a.keys() == b.keys()
-    start = dict(gpt2().named_parameters())
-    for name, value in a.items():
-        torch.testing.assert_close(value, b[name], rtol=0, atol=tolerance, msg=lambda text, n=name: f"{n}: {text}")
-    moved = max((value - start[name]).abs().max() for name, value in a.items())
-    assert moved > 1000 * tolerance, "training moves parameters far more than the tolerance"
-
-
-def steps(of: Any, name: str) -> list[float]:
-    return [record[name] for record in of.state.log_history if name in record]
 
 
 @pytest.mark.parametrize("loss_type", ["sigmoid", "ipo", "hinge", "robust"])
@@ -485,136 +394,3 @@ def test_no_host_synchronisation_before_the_log(tmp_path: Path) -> None:
         assert not reads, reads[0]
         float(of._totals["train"].groups.sum())
         assert len(reads) == 1, "this one is seen"
-
-
-def worker(rank: int, world: int, port: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "ACCELERATE_USE_CPU": "1"}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    results = {**results_of_cases(world, folder), "bfloat16": in_bfloat16()}
-    results["fsdp2"] = trl_fsdp2.results_of(trainer, world, Path(folder))
-    torch.save(results, Path(folder) / f"rank{rank}.pt")
-    torch.distributed.destroy_process_group()
-
-
-def results_of_cases(world: int, folder: str) -> dict[str, dict[str, Any]]:
-    results = {}
-    for name, options in CASES.items():
-        options = {**options, "per_device_train_batch_size": options["per_device_train_batch_size"] // world}
-        options["ddp_backend"] = "gloo" if world > 1 else None
-        of = trainer(Path(folder) / name, eval_data=pairs(7, 100), **options)
-        with trl_cases.HeadProducts(300, of.ref_model.get_output_embeddings().weight) as products:
-            of.train()
-        assert of.accelerator.num_processes == world
-        results[name] = {"history": of.state.log_history, "parameters": parameters(of), "eval": of.evaluate()}
-        results[name]["products"] = torch.tensor([products.rows, products.of_reference])
-        # 6 steps of 4 pairs are the 24 pairs once.
-        results[name]["counted"] = sum(len(pair["chosen_ids"] + pair["rejected_ids"]) for pair in of.train_dataset)
-        results[name]["alpha"] = of.group_weights.alpha
-    return results
-
-
-def in_bfloat16() -> dict[str, Any]:
-    """Of a model in bfloat16, and of one that FSDP2 computes in it; both ranks have the same pairs."""
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-
-    start, half = gpt2().float(), torch.bfloat16
-    hf.add_sequence_logps(start, hf.find_head(start))
-    models = {"alone": copy.deepcopy(start).to(half), "sharded": start}
-    policy = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=torch.float32, output_dtype=half)
-    fully_shard(start, mesh=init_device_mesh("cpu", (2,)), mp_policy=policy)
-    ids = torch.randint(3, 300, (4, 40), generator=torch.Generator().manual_seed(0))
-    batch, ref_logps = {"input_ids": ids, "labels": ids}, torch.tensor([-220.3, -221.4, -219.9, -222.2])
-    results = {}
-    for name, model in models.items():
-        loss_fn = gk.LinearGroupRobustLoss(gk.GroupWeights(group_sizes=[5, 3], step_size=0.5), shift_labels=True)
-        found = model(**batch, loss_of_pairs=hf.LossOfPairs(loss_fn, torch.tensor([0, 1]), ref_logps))
-        found.loss.backward()
-        out, gradient = found.output, model.get_output_embeddings().weight.grad
-        gradient = gradient.full_tensor() if hasattr(gradient, "full_tensor") else gradient
-        results[name] = {"loss": out.loss.detach(), "logps": out.chosen_logps.detach(), "rewards": out.chosen_rewards}
-        with torch.no_grad():
-            results[name]["reference"] = model(**batch, sequence_logps=True, sealed=True).value
-            unsealed = model(**batch, sequence_logps=True)
-        results[name]["gradient"] = gradient.to(half)
-    return {**results, "unsealed": unsealed}
-
-
-CASES: dict[str, dict[str, Any]] = {
-    "inline": {"per_device_train_batch_size": 4, "linear_plan": "keep"},
-    "accumulation": {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "fused_linear": False},
-    "checkpointing": {"per_device_train_batch_size": 4, "gradient_checkpointing": True, "loss_type": "ipo"},
-    "sweep": {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "linear_plan": "sweep"},
-}
-
-
-def run_both(folder: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.spawn(worker, (2, port, str(folder)), nprocs=2)
-    results = results_of_cases(1, str(folder / "alone"))
-    results["fsdp2"] = trl_fsdp2.results_of(trainer, 1, folder / "alone")
-    torch.save(results, folder / "alone.pt")
-
-
-@pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """Of one process, and of each of two ranks."""
-    folder = once(tmp_path_factory, "trl", run_both)
-    return [torch.load(folder / f"{name}.pt", weights_only=False) for name in ("alone", "rank0", "rank1")]
-
-
-@pytest.mark.skipif(not torch.distributed.is_available(), reason="this PyTorch has no torch.distributed")
-@pytest.mark.parametrize("name", list(CASES))
-def test_two_ranks_are_one(ranks: list[dict[str, Any]], name: str) -> None:
-    alone, *both = (results[name] for results in ranks)
-    for together in both:
-        assert_same(together["parameters"], alone["parameters"])
-        torch.testing.assert_close(together["alpha"], alone["alpha"], rtol=EXACT, atol=0)
-        of_groups = {key for key in alone["eval"] if "groups/" in key}
-        assert {key for key in together["eval"] if "groups/" in key} == of_groups
-        assert len(of_groups) == 17, "4 numbers of 3 groups, 2 more of those with 2 pairs or more, and the worst"
-        for key, value in alone["eval"].items():
-            if "groups/" in key or "rewards/" in key or "logps/" in key:
-                assert together["eval"][key] == pytest.approx(value, rel=EXACT, abs=EXACT), key
-        for mine, theirs in zip(both[0]["history"], alone["history"], strict=True):
-            for key in ("loss", "groups/rare/count", "groups/worst_loss", "rewards/margins", "grad_norm", "num_tokens"):
-                assert (key in mine) == (key in theirs)
-                if key in theirs:
-                    assert mine[key] == pytest.approx(theirs[key], rel=LOGGED, abs=EXACT), key
-    assert torch.equal(both[0]["alpha"], both[1]["alpha"])
-    if "linear_plan" in CASES[name]:  # three products of the policy, one of the reference
-        expected = torch.tensor([3, 1]) * alone["counted"]
-        assert torch.equal(alone["products"], expected)
-        assert torch.equal(sum(together["products"] for together in both), expected)
-
-
-@pytest.mark.skipif(not torch.distributed.is_available(), reason="this PyTorch has no torch.distributed")
-def test_fsdp2_goes_on_from_its_checkpoint(ranks: list[dict[str, Any]]) -> None:
-    """As if it had not been stopped, and as one process."""
-    alone, *both = (results["fsdp2"] for results in ranks)
-    for whole, resumed in ((run["whole"], run["resumed"]) for run in (alone, *both)):
-        assert abs(whole["history"][1]["groups/usual/alpha"] - 1 / 3) > 0.05, "alpha is not uniform at the stop"
-        assert torch.equal(resumed["alpha"], whole["alpha"])
-        assert all(torch.equal(value, resumed["parameters"][name]) for name, value in whole["parameters"].items())
-        for before, after, one in zip(whole["history"], resumed["history"], alone["whole"]["history"], strict=True):
-            for key in ("loss", "objective", "grad_norm", "groups/usual/alpha", "num_tokens"):
-                assert after[key] == before[key], key
-                assert before[key] == pytest.approx(one[key], rel=LOGGED, abs=EXACT), key
-        assert_same(whole["parameters"], alone["whole"]["parameters"])
-        torch.testing.assert_close(whole["alpha"], alone["whole"]["alpha"], rtol=EXACT, atol=0)
-
-
-@pytest.mark.skipif(not torch.distributed.is_available(), reason="this PyTorch has no torch.distributed")
-def test_a_wrapper_rounds_no_log_probability(ranks: list[dict[str, Any]]) -> None:
-    """FSDP2's mixed precision casts what a forward takes and gives: only what is sealed comes through as it is."""
-    for results in ranks[1:]:
-        alone, sharded, unsealed = (results["bfloat16"][name] for name in ("alone", "sharded", "unsealed"))
-        assert unsealed.dtype == torch.bfloat16, "it does cast"
-        for name, value in alone.items():
-            assert sharded[name].dtype == value.dtype
-            close = 2**-7 if name == "gradient" else 1e-6
-            torch.testing.assert_close(sharded[name], value, rtol=close, atol=0 if name != "gradient" else close)
-        assert (alone["logps"] - alone["logps"].bfloat16()).abs().max() > 1e-2

@@ -1,4 +1,4 @@
-"""Accelerate's FSDP2 on CPUs, for the ranks of test_trl.py: training that is stopped and goes on."""
+"""Accelerate's FSDP2 on CPUs, for the ranks of test_trl_ranks.py: training that is stopped and goes on."""
 
 from __future__ import annotations
 
