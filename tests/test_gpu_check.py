@@ -20,6 +20,7 @@ from typing import Any
 import pytest
 import simulated_cuda
 import torch
+from conftest import EMPTY_BY_DESIGN
 from fake_gpu import fake_gpu
 from makefile import make_would
 
@@ -266,6 +267,7 @@ def test_measuring(gpu: list[str], capsys: pytest.CaptureFixture, part: str, nam
 @NO_GPU
 @NO_SIMULATOR
 @pytest.mark.filterwarnings("ignore:a group's loss was not finite")
+@EMPTY_BY_DESIGN
 def test_profiling_and_sanitizing(gpu: list[str], capsys: pytest.CaptureFixture) -> None:
     assert [one["profiled"] for one in lines_of("A", "ncu", capsys)] == ["cuda", "triton"]
     assert [name for name in gpu if name.startswith("profiler")] == 2 * ["profiler.start", "profiler.stop"]
@@ -318,6 +320,7 @@ def tools(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @NO_GPU
 @NO_SIMULATOR
+@EMPTY_BY_DESIGN
 def test_what_the_smoke_stage_runs(gpu: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """tests/test_gpu.py at small sizes: graphs, launches and what compiles need a real one."""
     import test_gpu
