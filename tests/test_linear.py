@@ -189,7 +189,14 @@ def test_linear_plan_is_chosen_by_what_needs_gradients_and_fits(monkeypatch: pyt
         ("recompute", 400, 0, 4, 400 * (2000 + 48), 3 * 400 * 2000),  # one chunk: no sum
         ("keep", 100, 400, 3, 400 * 2000 + 100 * 48 + 32000, 3 * 400 * 2000 + 4 * 64000),
         ("keep", 100, 200, 3.5, 300 * 2000 + 100 * 48 + 32000, 3 * 400 * 2000 + 4 * 64000),
-        ("sweep", 100, 0, 3, 100 * (2000 + 48) + 400 * 16 + 2 * 32000, 3 * 400 * 2000 + 4 * 64000 + 3 * 32000),
+        (
+            "sweep",
+            100,
+            0,
+            3,
+            100 * (2000 + 48) + 400 * 16 + 2 * 32000,
+            3 * 400 * 2000 + 4 * 64000 + 3 * 32000 + (32000 + 16000) + 2 * 400 * 16,  # the last two: scaled in the end
+        ),
     ],
 )
 def test_plans_cost_what_was_worked_out_by_hand(

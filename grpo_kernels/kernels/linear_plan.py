@@ -275,5 +275,8 @@ def _plan(shape: LinearShape, name: str, chunk_rows: int, kept_rows: int) -> Lin
         traffic += chunks * shape.head_elements * (2 * shape.sum_itemsize + 2 * shape.itemsize * narrower)
         if name == "sweep":
             traffic += 3 * (shape.accumulators - 1) * shape.head_elements * shape.sum_itemsize
+            # In the end the sums and the states are multiplied by what the forecast lacked.
+            traffic += shape.head_elements * (shape.sum_itemsize + (shape.weight_itemsize or shape.itemsize))
+            traffic += 2 * rows * shape.hidden_size * shape.itemsize
     seconds += traffic / device.bytes_a_second + chunks * LAUNCHES_A_CHUNK * device.launch_seconds
     return LinearPlan(name, chunk_rows, kept_rows, needs, shape.accumulate_dtype, products, int(extra), seconds)
