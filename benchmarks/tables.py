@@ -48,10 +48,14 @@ def table(first: str, rows: list[list[str]], *more: str) -> str:
 
 
 def origin(files: list[dict[str, Any]]) -> str:
-    """Machine, versions and commits of some records."""
-    versions = sorted({f"{found['device']}, PyTorch {found['torch']}" for found in files})
-    commits = sorted({f"{found['commit']} of {found['date']}" for found in files})
-    return f"{'; '.join(versions)}, commit {', '.join(commits)}:"
+    """Machine, version and commit of each case."""
+    cases: dict[str, list[str]] = {}
+    for found in files:
+        record = found["records"][0]
+        path = "hidden states" if "hidden_size" in record["case"] else "logits"
+        where = f"{found['device']}, PyTorch {found['torch']}, commit {found['commit']} of {found['date']}"
+        cases.setdefault(where, []).append(f"{path} ({case_of(record)})")
+    return "\n".join(f"- {', '.join(names)}: {where}" for where, names in cases.items())
 
 
 def tables() -> dict[str, str]:
