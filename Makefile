@@ -37,7 +37,7 @@ test: $(READY) lint
 
 # The tests as PyTorch and oneDNN compute on older processors: SSE4.1, then AVX2. With FEW=1 those tests only whose results
 # rounding reaches furthest: several steps of training, sums in another order.
-FLOATS := trl trl_ranks transformers losses sequence_logps linear linear_pairs
+FLOATS := trl trl_ranks transformers losses sequence_logps linear linear_plan linear_pairs
 SOME = $(if $(FEW),$(FLOATS:%=tests/test_%.py) -k "not triton and not simulated")
 
 test-cpus: $(READY)
