@@ -132,6 +132,35 @@ void token_logps_backward(const std::string& instruction_set, const std::string&
                 [&](int64_t first, int64_t last) { run(b, first, last); });
 }
 
+// Both, of one chunk of rows after the other: what the backward reads again is in the cache. The gradients are written
+// over the logits.
+void token_logps_and_unit_gradient(const std::string& instruction_set, const std::string& dtype, const Shape3& shape,
+                                   uintptr_t logits, const Strides3& logits_strides, uintptr_t labels,
+                                   int64_t label_bytes, const Strides2& labels_strides, int64_t ignore_index,
+                                   uintptr_t token_logps, uintptr_t lse, int64_t num_threads) {
+  const cpu::RowKernels& kernels = kernels_of(instruction_set);
+  const cpu::Dtype type = dtype_of(dtype);
+  const float float_one = 1;
+  const double double_one = 1;
+  const char* one = reinterpret_cast<const char*>(&float_one);
+  if (type == cpu::Dtype::float64) one = reinterpret_cast<const char*>(&double_one);
+  const cpu::Forward f{shape_of(shape),
+                       logits_of(logits, logits_strides),
+                       labels_of(labels, label_bytes, labels_strides, ignore_index),
+                       pointer(token_logps),
+                       pointer(lse)};
+  const cpu::Backward b{f.shape, f.logits, f.labels, one, {0, 0}, f.lse, f.logits};
+  GRPO_CHECK(num_threads >= 1, num_threads, "be at least 1");
+  const auto forward = kernels.forward[int(type)];
+  const auto backward = kernels.backward[int(type)];
+  const pybind11::gil_scoped_release no_gil;
+  cpu::for_rows(f.shape.sequences * f.shape.positions, f.shape.vocab_size * bytes_of(type), num_threads,
+                [&](int64_t first, int64_t last) {
+                  forward(f, first, last);
+                  backward(b, first, last);
+                });
+}
+
 std::vector<std::string> instruction_sets() {
   std::vector<std::string> names;
   for (const cpu::RowKernels* kernels : cpu::usable_kernels()) names.push_back(kernels->name);
@@ -229,6 +258,7 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled kernels of grpo_kernels. Private: use grpo_kernels.kernels.native.";
   m.def("token_logps_forward", &token_logps_forward);
   m.def("token_logps_backward", &token_logps_backward);
+  m.def("token_logps_and_unit_gradient", &token_logps_and_unit_gradient);
   m.def("instruction_sets", &instruction_sets, "Those that this machine can run, best first.");
   m.def("build_info", &build_info, "Compiler, flags and instruction sets of this build.");
 

@@ -38,6 +38,21 @@ def token_logps_backward(
     num_threads: int,
     /,
 ) -> None: ...
+def token_logps_and_unit_gradient(
+    instruction_set: str,
+    dtype: str,
+    shape: tuple[int, int, int],
+    logits: int,
+    logits_strides: _Strides3,
+    labels: int,
+    label_bytes: int,
+    labels_strides: _Strides2,
+    ignore_index: int,
+    token_logps: int,
+    lse: int,
+    num_threads: int,
+    /,
+) -> None: ...
 def instruction_sets() -> list[str]: ...
 def build_info() -> dict[str, Any]: ...
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,7 +13,7 @@ from test_sequence_logps import DTYPES, plain_logps, run
 from torch import Tensor
 
 import grpo_kernels as gk
-from grpo_kernels.kernels import linear, linear_plan
+from grpo_kernels.kernels import dispatch, linear, linear_plan, torch_chunked
 
 
 def linear_inputs(dtype: torch.dtype, bias: bool = True) -> list[Tensor]:
@@ -70,8 +72,39 @@ def test_linear_skips_what_is_frozen(monkeypatch: pytest.MonkeyPatch) -> None:
         gk.linear_sequence_logps(hidden, weight, labels, backend="torch").sum(), (hidden, weight)
     )
     assert asked == [[True, False, False], [False, True, False], [True, True, False]]
-    assert torch.equal(both[0], only_hidden)
-    assert torch.equal(both[1], only_weight)
+    # The plans take the softmax of a row in different orders: float64's rounding, times V = 13 terms that are added up.
+    torch.testing.assert_close(both[0], only_hidden, rtol=0, atol=1e-13)
+    torch.testing.assert_close(both[1], only_weight, rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("backend", ["torch", "cpp"])
+def test_a_row_read_once_gives_what_two_readings_give(
+    backend: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kernels: Any = dispatch.kernels_of(backend)
+    monkeypatch.setattr(torch_chunked, "SCRATCH_ELEMENTS", 3 * 37)  # several turns
+    torch.manual_seed(0)
+    logits = (4 * torch.randn(11, 37)).to(dtype)
+    labels = torch.randint(0, 37, (11,))
+    logits[1, labels[1]] = -torch.inf
+    logits[2, 5] = torch.inf
+    logits[3] += 9984
+    labels[4], labels[5] = 37, -1  # outside the vocabulary
+    logits[6, 7] = torch.nan
+    token_logps, lse = kernels.token_logps_forward(logits, labels, -100)
+    gradient = torch.empty_like(logits)
+    kernels.token_logps_backward(torch.ones_like(token_logps), logits, labels, lse, -100, gradient)
+
+    at_once = logits.clone()
+    found_logps, found_lse = kernels.token_logps_and_unit_gradient(at_once, labels, -100)
+    # Sums of 37 terms in another order, and one rounding to the dtype.
+    few = 8 * torch.finfo(token_logps.dtype).eps
+    torch.testing.assert_close(found_logps, token_logps, rtol=few, atol=few, equal_nan=True)
+    torch.testing.assert_close(found_lse.sum(1), lse.sum(1), rtol=few, atol=few, equal_nan=True)
+    torch.testing.assert_close(at_once, gradient, rtol=torch.finfo(dtype).eps, atol=few, equal_nan=True)
+    assert found_logps[1] == -torch.inf
+    assert at_once[[2, 4, 5, 6]].isnan().any(1).all()
 
 
 PLANS = {"recompute": ("recompute", 0), "keep some": ("auto", 13 * 8 * 26), "keep all": ("keep", 1 << 20)}

@@ -1,6 +1,6 @@
 """What every optimised backend implements. A new backend is one module with the two functions of KernelBackend.
 
-What the linear path needs besides, `token_logps_and_unit_gradient` of LinearHead, is composed of the two.
+The linear path needs both at once (`UnitGradientBackend`), which is composed of the two where a backend has it not.
 
 Rows are the positions of a batch in any layout: logits (..., V) come with labels (...), already aligned with them.
 A row whose label is ``ignore_index`` is never read: its token_logps, lse and gradient are 0. A row whose label is
@@ -31,6 +31,16 @@ class KernelBackend(Protocol):
         self, dtoken_logps: Tensor, logits: Tensor, labels: Tensor, lse: Tensor, ignore_index: int, out: Tensor
     ) -> None:
         """Write d/dlogits = dtoken_logps * (onehot(label) - softmax(logits)) into ``out``, which may be ``logits``."""
+        ...
+
+
+class UnitGradientBackend(KernelBackend, Protocol):
+    """A backend that reads a row once for its log-probability and its gradient."""
+
+    def token_logps_and_unit_gradient(
+        self, logits: Tensor, labels: Tensor, ignore_index: int
+    ) -> tuple[Tensor, Tensor]:
+        """`token_logps_forward` of rows (n, V) that all count; the logits become onehot(label) - softmax(logits)."""
         ...
 
 

@@ -67,36 +67,51 @@ class LinearHead(NamedTuple):
         self, kernels: KernelBackend, logits: Tensor, labels: Tensor, lse: Tensor, ignore_index: int
     ) -> Tensor:
         """G of a chunk, over its logits."""
-        slopes = None
+        slopes = self._slopes(logits)
+        _to_gradient(kernels, logits, labels, lse, ignore_index)
+        return logits if slopes is None else logits.mul_(slopes)
+
+    def _slopes(self, logits: Tensor) -> Tensor | float | None:
+        """Of the logits by what the product gives; None: 1."""
         if self.softcap:
-            slopes = (logits / self.softcap).square_().neg_().add_(1).mul_(self.logit_scale)
-        ones = torch.ones((), dtype=accumulation_dtype(logits), device=logits.device).expand(labels.shape)
-        kernels.token_logps_backward(ones, logits, labels, lse, ignore_index, logits)
-        if slopes is not None:
-            logits.mul_(slopes)
-        elif self.logit_scale != 1:
-            logits.mul_(self.logit_scale)
-        return logits
+            return (logits / self.softcap).square_().neg_().add_(1).mul_(self.logit_scale)
+        return None if self.logit_scale == 1 else self.logit_scale
 
     def token_logps_and_unit_gradient(
         self, kernels: KernelBackend, logits: Tensor, labels: Tensor, ignore_index: int
     ) -> tuple[Tensor, Tensor]:
-        """token_logps (n,) and lse (n, 2) of a chunk, whose logits become G: a backend's two functions, one after the
-        other.
+        """token_logps (n,) and lse (n, 2) of a chunk whose labels all count, and whose logits become G.
 
         On a CPU a few rows at a time, so that the second reading is from the cache. On a GPU the whole chunk, which is
         read from memory twice: docs/kernels/linear.md has the arithmetic.
         """
-        rows = logits.shape[0]
+        num_rows = rows = logits.shape[0]
         if logits.device.type == "cpu":
             rows = max(1, CACHED_BYTES // (logits.shape[1] * logits.itemsize))
         token_logps, lse = new_token_outputs(logits, labels)
-        for begin in range(0, logits.shape[0], rows):
+        of_some = getattr(kernels, "token_logps_and_unit_gradient", None) or functools.partial(_one_after_other, kernels)
+        for begin in range(0, num_rows, rows):
             some = slice(begin, begin + rows)
-            found = kernels.token_logps_forward(logits[some], labels[some], ignore_index)
-            token_logps[some], lse[some] = found
-            self.to_unit_gradient(kernels, logits[some], labels[some], found[1], ignore_index)
+            slopes = self._slopes(logits[some])
+            token_logps[some], lse[some] = of_some(logits[some], labels[some], ignore_index)
+            if slopes is not None:
+                logits[some].mul_(slopes)
         return token_logps, lse
+
+
+def _one_after_other(
+    kernels: KernelBackend, logits: Tensor, labels: Tensor, ignore_index: int
+) -> tuple[Tensor, Tensor]:
+    """`UnitGradientBackend.token_logps_and_unit_gradient` of a backend that has it not."""
+    token_logps, lse = kernels.token_logps_forward(logits, labels, ignore_index)
+    _to_gradient(kernels, logits, labels, lse, ignore_index)
+    return token_logps, lse
+
+
+def _to_gradient(kernels: KernelBackend, logits: Tensor, labels: Tensor, lse: Tensor, ignore_index: int) -> None:
+    """onehot(label) - softmax(logits) over the logits."""
+    ones = torch.ones((), dtype=accumulation_dtype(logits), device=logits.device).expand(labels.shape)
+    kernels.token_logps_backward(ones, logits, labels, lse, ignore_index, logits)
 
 
 def kept_shape(plan: LinearPlan, hidden: Tensor, weight: Tensor) -> tuple[int, ...]:

@@ -8,6 +8,8 @@ Each row is computed whole by one thread, so the number of threads changes no bi
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -29,9 +31,20 @@ def token_logps_forward(
     logits: Tensor, labels: Tensor, ignore_index: int, num_threads: int | None = None
 ) -> tuple[Tensor, Tensor]:
     """The contract's function. ``num_threads``: PyTorch's where None."""
+    return _forward(_C.token_logps_forward, logits, labels, ignore_index, num_threads)
+
+
+def token_logps_and_unit_gradient(logits: Tensor, labels: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
+    """The contract's function: a row is read from memory once."""
+    return _forward(_C.token_logps_and_unit_gradient, logits, labels, ignore_index, None)
+
+
+def _forward(
+    function: Callable[..., None], logits: Tensor, labels: Tensor, ignore_index: int, num_threads: int | None
+) -> tuple[Tensor, Tensor]:
     shape = _checked(logits, labels)
     token_logps, lse = new_token_outputs(logits, labels)
-    _C.token_logps_forward(
+    function(
         INSTRUCTION_SET,
         DTYPES[logits.dtype],
         shape,

@@ -44,6 +44,31 @@ def token_logps_backward(
                 block_out.index_copy_(0, rows, negative.mul_(scale).to(out.dtype))
 
 
+def token_logps_and_unit_gradient(logits: Tensor, labels: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
+    """The contract's function: one exponential an entry; of 16-bit logits in a float32 scratch."""
+    token_logps, lse = new_token_outputs(logits, labels)
+    is_wide = logits.dtype == token_logps.dtype
+    scratch = logits if is_wide else _scratch(logits, SCRATCH_ELEMENTS, token_logps.dtype)
+    for begin in range(0, logits.shape[0], scratch.shape[0]):
+        rows = slice(begin, begin + scratch.shape[0])
+        chunk = logits[rows]
+        some_labels, known = _clamped(labels[rows], chunk.shape[1])
+        wide = chunk if is_wide else scratch[: chunk.shape[0]].copy_(chunk)
+        maximum, label_logits = wide.amax(1, keepdim=True), wide.gather(1, some_labels)
+        exponentials = wide.sub_(maximum).exp_()
+        total = exponentials.sum(1, keepdim=True)
+        lse[rows] = torch.cat([maximum, total.log()], dim=1)
+        token_logps[rows] = (label_logits - maximum - total.log()).squeeze(1)
+        unit = exponentials.mul_(total.reciprocal().neg_())
+        unit.scatter_add_(1, some_labels, torch.ones_like(total))
+        if not bool(known.all()):
+            unknown = ~known
+            unit[unknown], token_logps[rows][unknown], lse[rows][unknown] = torch.nan, torch.nan, torch.nan
+        if not is_wide:
+            chunk.copy_(unit)
+    return token_logps, lse
+
+
 def _logps_of_chunk(chunk: Tensor, labels: Tensor, scratch: Tensor) -> tuple[Tensor, Tensor]:
     """token_logps (n,) and lse (n, 2) of counted rows: chunk (n, V), labels (n,)."""
     labels, known = _clamped(labels, chunk.shape[1])
