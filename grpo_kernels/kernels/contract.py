@@ -37,9 +37,7 @@ class KernelBackend(Protocol):
 class UnitGradientBackend(KernelBackend, Protocol):
     """A backend that reads a row once for its log-probability and its gradient."""
 
-    def token_logps_and_unit_gradient(
-        self, logits: Tensor, labels: Tensor, ignore_index: int
-    ) -> tuple[Tensor, Tensor]:
+    def token_logps_and_unit_gradient(self, logits: Tensor, labels: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
         """`token_logps_forward` of rows (n, V) that all count; the logits become onehot(label) - softmax(logits)."""
         ...
 

@@ -89,7 +89,8 @@ class LinearHead(NamedTuple):
         if logits.device.type == "cpu":
             rows = max(1, CACHED_BYTES // (logits.shape[1] * logits.itemsize))
         token_logps, lse = new_token_outputs(logits, labels)
-        of_some = getattr(kernels, "token_logps_and_unit_gradient", None) or functools.partial(_one_after_other, kernels)
+        of_some = getattr(kernels, "token_logps_and_unit_gradient", None)
+        of_some = of_some or functools.partial(_one_after_other, kernels)
         for begin in range(0, num_rows, rows):
             some = slice(begin, begin + rows)
             slopes = self._slopes(logits[some])
