@@ -267,11 +267,18 @@ def test_growth_and_roofline(tmp_path: Path) -> None:
     """Pictures over records of several cases, one thing varying in each."""
     record = {"contender": "torch", "ours": True, "median_ms": 1.0, "fraction_of_roof": 0.5, "peak_extra_mib": 3.0}
     common = {"device": "d", "torch": "2", "date": "2026-01-01", "commit": "c"}
-    for length, groups in ((8, 3), (16, 3), (8, 32)):
-        case = {"num_sequences": 2, "length": length, "vocab_size": 9, "dtype": "float32", "ignored": 0.0}
-        records = [{**record, "case": {**case, "num_groups": groups}}]
-        (tmp_path / f"{length}_{groups}.json").write_text(json.dumps({**common, "records": records}))
+    case = {"num_sequences": 2, "length": 8, "vocab_size": 9, "dtype": "float32", "ignored": 0.0, "num_groups": 3}
+    linear = {**case, "hidden_size": 4}
+    for number, one in enumerate(
+        (
+            *(case, {**case, "length": 16}, {**case, "num_groups": 32}, {**case, "vocab_size": 18}),
+            *(linear, {**linear, "hidden_size": 8}),
+        )
+    ):
+        records = [{**record, "case": one}]
+        (tmp_path / f"{number}.json").write_text(json.dumps({**common, "records": records}))
     pictures = bench_plots.draw_summaries(tmp_path, tmp_path)
-    kinds = ("roofline", "growth_tokens", "growth_memory", "growth_groups")
-    assert [picture.stem for picture in pictures] == [f"logits_{kind}" for kind in kinds]
+    kinds = ("roofline", "growth_tokens", "growth_memory", "growth_groups", "growth_vocabulary")
+    expected = [*(f"logits_{kind}" for kind in kinds), "linear_roofline", "linear_growth_width"]
+    assert [picture.stem for picture in pictures] == expected
     assert all(picture.read_bytes().startswith(b"\x89PNG") for picture in pictures)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -57,7 +57,9 @@ def _summaries(files: list[dict[str, Any]], out: Path) -> list[Path]:
             "roofline": ("tokens counted", _counted, "fraction of the measured peak", _fraction),
             "growth_tokens": ("tokens", _tokens, "ms, forward + backward", _median),
             "growth_memory": ("tokens", _tokens, "MiB of extra memory at the peak", _memory),
-            "growth_groups": ("groups (K)", _groups, "ms, forward + backward", _median),
+            "growth_groups": ("groups (K)", _of_case("num_groups"), "ms, forward + backward", _median),
+            "growth_vocabulary": ("vocabulary (V)", _of_case("vocab_size"), "ms, forward + backward", _median),
+            "growth_width": ("hidden size (D)", _of_case("hidden_size"), "ms, forward + backward", _median),
         }
         for kind, (x_label, x_of, y_label, y_of) in curves.items():
             groups: dict[Any, list[tuple[dict, dict]]] = {}
@@ -84,8 +86,8 @@ def _counted(record: dict[str, Any]) -> int:
     return case["num_sequences"] * (case["length"] - int(case["length"] * case["ignored"]))
 
 
-def _groups(record: dict[str, Any]) -> int:
-    return record["case"]["num_groups"]
+def _of_case(name: str) -> Callable[[dict[str, Any]], int | None]:
+    return lambda record: record["case"].get(name)
 
 
 def _fraction(record: dict[str, Any]) -> float:
@@ -107,6 +109,8 @@ def _all_but(kind: str, case: dict[str, Any]) -> tuple:
         "growth_tokens": {"num_sequences", "length"},
         "growth_memory": {"num_sequences", "length"},
         "growth_groups": {"num_groups"},
+        "growth_vocabulary": {"vocab_size"},
+        "growth_width": {"hidden_size"},
     }[kind]
     return tuple(sorted((name, value) for name, value in case.items() if name not in varying))
 
@@ -131,11 +135,14 @@ def _curves(picture: Path, series: list, x_of: Any, y_of: Any, labels: tuple[str
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside right center", fontsize=8, frameon=False)
     found, record = series[0]
-    width = f"D {record['case']['hidden_size']}, " if "hidden_size" in record["case"] else ""
+    sizes = []
+    for letter, name in (("D", "hidden_size"), ("V", "vocab_size")):
+        values = {one["case"].get(name) for _, one in series}
+        sizes += [f"{letter} {record['case'][name]}"] if len(values) == 1 and None not in values else []
     dates = sorted({found["date"] for found, _ in series})
     commits = ", ".join(sorted({str(found["commit"]) for found, _ in series}))
     axes.set_title(
-        f"{_path(record)} path, {width}V {record['case']['vocab_size']}, {record['case']['dtype']}\n"
+        f"{', '.join([f'{_path(record)} path', *sizes, record['case']['dtype']])}\n"
         f"{found['device']}, torch {found['torch']}, {dates[-1]}, commit {commits}",
         fontsize=8,
         loc="left",
