@@ -45,6 +45,7 @@ def wrong_factor(factor: float, monkeypatch: pytest.MonkeyPatch) -> None:
         original(dtoken_logps * factor, *rest)
 
     monkeypatch.setattr(torch_chunked, "token_logps_backward", off)
+    monkeypatch.delattr(torch_chunked, "token_logps_and_unit_gradient")  # it makes gradients without the other
 
 
 def only(monkeypatch: pytest.MonkeyPatch, *names: str, extra: tuple[bench_suite.Contender, ...] = ()) -> None:
