@@ -166,10 +166,10 @@ def _named() -> dict[str, Case | LinearCase]:
         cases[f"logits/growth/tokens{8 * length}"] = Case(8, length, 32_000, "float32")
         cases[f"linear/growth/tokens{8 * length}"] = LinearCase(8, length, 512, 32_000)
     for vocab_size in (8_000, 32_000, 128_000):
-        cases[f"logits/growth/vocabulary{vocab_size}"] = Case(8, 128, vocab_size, "float32")
-        cases[f"linear/growth/vocabulary{vocab_size}"] = LinearCase(8, 128, 512, vocab_size)
+        cases[f"logits/growth/vocabulary{vocab_size}"] = Case(8, 48, vocab_size, "float32")
+        cases[f"linear/growth/vocabulary{vocab_size}"] = LinearCase(8, 48, 512, vocab_size)
     for hidden_size in (128, 512, 2048):
-        cases[f"linear/growth/width{hidden_size}"] = LinearCase(8, 128, hidden_size, 32_000)
+        cases[f"linear/growth/width{hidden_size}"] = LinearCase(8, 48, hidden_size, 32_000)
     for groups in GROUPS:
         cases[f"logits/growth/groups{groups}"] = Case(8, 128, 32_000, "float32", num_groups=groups)
         cases[f"linear/growth/groups{groups}"] = LinearCase(8, 128, 512, 32_000, num_groups=groups)
