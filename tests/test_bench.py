@@ -117,6 +117,23 @@ def test_peak_memory() -> None:
         assert 100 < peaks["cpp"] < 125 + 8
 
 
+def test_each_case_is_compiled_however_many_came_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over the limit PyTorch would run the contender uncompiled, and its times would be called torch.compile's."""
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 1)
+    compiled = []
+
+    def backend(graph: torch.fx.GraphModule, example_inputs: list[torch.Tensor]) -> object:
+        compiled.append(graph)
+        return graph.forward
+
+    build = lambda case: torch.compile(bench_linear.eager, backend=backend, dynamic=False)  # noqa: E731
+    suite = replace(LINEAR, contenders=(replace(contender(LINEAR, "torch.compile"), build=build),))
+    for length in (16, 8):  # not over 16: the gate's shapes are the case's
+        before = len(compiled)
+        bench_suite.records_of("linear", suite, replace(SMALL_LINEAR, length=length), 2, 1.0)
+        assert len(compiled) > before, length
+
+
 def test_linear_records_and_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     names = ("eager", "torch linear_cross_entropy", "torch", "cpp", "Cut Cross-Entropy", "triton")
     only(monkeypatch, *names)

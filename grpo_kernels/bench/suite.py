@@ -185,6 +185,7 @@ def records_of(
     name: str, suite: Suite, case: Any, repetitions: int, copied_gbps: float, device: str = "cpu", adapting: bool = True
 ) -> list[dict[str, Any]]:
     """A record for each contender; those that cannot run, fail or are wrong say why and have no times."""
+    torch.compiler.reset()  # compiled for eight cases already, a function would run uncompiled in the ninth
     records: dict[str, dict[str, Any]] = {}
     able: dict[str, Contender] = {}
     for contender in suite.contenders:
