@@ -55,6 +55,13 @@ def test_numbers_by_hand() -> None:
     }
 
 
+def test_a_caller_may_use_its_counts_again() -> None:
+    weights, counts = gk.GroupWeights(group_sizes=[3, 1], step_size=0.5), torch.tensor([1, 1])
+    weights.update(torch.ones(2), counts)
+    counts.zero_()
+    assert weights.diagnose().unseen == (0, 0)
+
+
 def test_weights_in_proportion_to_sizes_are_all_pairs_and_one_weight_is_one_group() -> None:
     weights = gk.GroupWeights(group_sizes=SIZES, step_size=0.0)
     weights.log_alpha.copy_((torch.tensor(SIZES).double() / 100).log())

@@ -253,6 +253,27 @@ def test_a_checkpoint_of_other_groups_is_refused() -> None:
         )
 
 
+@pytest.mark.filterwarnings("ignore:the checkpoint's alpha was moved with other options")
+def test_groups_that_another_rule_has_left_no_weight() -> None:
+    saved = weights_with([0.0, 0.0, 1.0], rule="cvar", level=0.1, step_size=None).state_dict()
+    for floor, expected in ((0.0, [0.0, 0.0, 1.0]), (0.3, [0.1 / 1.2, 0.1 / 1.2, 1 / 1.2])):
+        weights = weights_with(estimator="group_mean", floor=floor)
+        weights.load_state_dict(saved)
+        weights.update(*statistics([3.0, -8.0], [0, 1]))  # none of the one that has it all
+        torch.testing.assert_close(weights.alpha, torch.tensor(expected, dtype=torch.float64))
+
+
+def test_what_only_this_rank_has_seen_goes_with_its_alpha(monkeypatch: pytest.MonkeyPatch) -> None:
+    weights = weights_with(update="lagged")
+    state = weights.state_dict()
+    monkeypatch.setattr(gk.GroupWeights, "num_ranks", 2)
+    for forget in (weights.reset_parameters, lambda: weights.load_state_dict(state)):
+        weights.accumulate(*statistics([3.0], [0]))
+        assert weights._own_statistics().counts.tolist() == [1, 0, 0]
+        forget()
+        assert weights._own_statistics().counts.tolist() == [0, 0, 0]
+
+
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
@@ -285,6 +306,8 @@ def test_bad_statistics() -> None:
         weights_with().update(torch.zeros(2), torch.zeros(3, dtype=torch.int64))
     with pytest.raises(ValueError, match=r"group_counts must have shape \(3,\), got \(4,\)"):
         weights_with().update(torch.zeros(3), torch.zeros(4, dtype=torch.int64))
+    with pytest.raises(RuntimeError, match=r"accumulate\(\) belongs to update='lagged'"):
+        weights_with().accumulate(torch.zeros(3), torch.zeros(3, dtype=torch.int64))
 
 
 def test_a_million_groups() -> None:

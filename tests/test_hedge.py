@@ -140,6 +140,7 @@ def test_one_group_floor_and_chi() -> None:
     one = auto(1)
     one.update(torch.tensor([2.0]), torch.tensor([1]))
     assert one.alpha.tolist() == [1.0]
+    assert one.current_step_size() == math.inf
     batches = torch.rand(10, 3, dtype=torch.float64)
     plain, floored, mixed = auto(), auto(floor=0.3), auto(chi=0.4)
     for weights in (plain, floored, mixed):

@@ -174,3 +174,6 @@ def test_a_group_without_weight_stays_without(kind: str) -> None:
     assert log_alpha == [0.0, -math.inf]
     back, *_ = function("move_alpha", kind)(log_alpha, [1.0, 50.0], [1, 1], [1, 1], True, 1.0, 0.0, 0.5, 1.0)
     assert [math.exp(a) for a in back] == pytest.approx([0.75, 0.25])
+    for floor, expected in ((0.0, [1.0, 0.0]), (0.5, [0.8, 0.2])):  # a batch of none but it
+        alone, *_ = function("move_alpha", kind)(log_alpha, [0.0, 50.0], [0, 1], [], False, 1.0, 0.0, floor, 1.0)
+        assert [math.exp(a) for a in alone] == pytest.approx(expected)

@@ -1,4 +1,4 @@
-// One step of alpha, as GroupWeights.update in grpo_kernels/groups/weights.py defines it: group losses by the estimator,
+// One step of alpha, as grpo_kernels/groups/updates.py defines it: group losses by the estimator,
 // exponentiated gradient ascent in the log domain, floor, chi. No scratch memory: K groups are passed over a few times.
 //
 // A team shares the groups out among threads: g = team.first(), then every team.step()-th. What is made of all groups
@@ -7,6 +7,7 @@
 
 #include <cmath>
 #include <cstdint>
+#include <limits>
 
 #include "math.h"
 #include "max_sum.h"
@@ -111,12 +112,13 @@ GRPO_HD void move_log_alpha(const GroupRule<T>& rule, const GroupStatistics<T>& 
     ++moving;
   }
   const T log_scores = team.merged(scores).log_sum_exp(), log_mass = team.merged(mass).log_sum_exp();
+  const bool have_mass = log_mass >= std::numeric_limits<T>::lowest();  // another rule may have left them none
   const T least = rule.floor / T(rule.num_groups);
   const T above = std::exp(log_mass) - least * T(team.total(moving));
   MaxSum<T> all;
   for (int64_t g = team.first(); g < rule.num_groups; g += team.step()) {
     if (moves(rule, batch, g)) {
-      const T log_share = score(rule, batch, log_alpha, g) - log_scores;
+      const T log_share = have_mass ? score(rule, batch, log_alpha, g) - log_scores : T(0);
       log_alpha[g] = rule.floor > T(0)
                          ? log_add_exp(std::log(least), std::log(above > T(0) ? above : T(0)) + log_share)
                          : log_mass + log_share;

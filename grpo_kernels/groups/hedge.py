@@ -20,8 +20,8 @@ from torch import Tensor
 
 
 def step_size(gap_sum: Tensor, num_groups: int) -> Tensor:
-    """eta, infinite where D is 0."""
-    return math.log(num_groups) / gap_sum
+    """eta, infinite where D is 0 (of a single group, too)."""
+    return torch.where(gap_sum > 0, math.log(num_groups) / gap_sum, math.inf)
 
 
 def log_weights(gains: Tensor, gap_sum: Tensor) -> Tensor:

@@ -150,9 +150,11 @@ def moved_log_alpha(
         (..., K) float64, normalised; -inf where alpha is 0. Where no group is present it is undefined.
     """
     among = log_alpha.masked_fill(~present, -math.inf)
+    log_mass = among.logsumexp(-1, keepdim=True)
+    # Groups that another rule has left no weight: alike among themselves, for 0 / 0 is no share.
+    among = torch.where(present & (log_mass == -math.inf), 0.0, among)
     prior_among = log_prior.expand_as(losses).masked_fill(~present, -math.inf)
     log_share = ALPHA_RULES[rule].log_weights(among, prior_among, losses, parameter)
-    log_mass = among.logsumexp(-1, keepdim=True)
     if floor:
         least = floor / log_alpha.shape[-1]
         above = (log_mass.exp() - least * present.double().sum(-1, keepdim=True)).clamp(min=0)

@@ -101,8 +101,14 @@ class AlphaState(nn.Module):
     def reset_parameters(self) -> None:
         """Uniform alpha, no pending statistics. (Also what fills the buffers after ``to_empty``.)"""
         self.trail = Trail()
+        self._forget_batches()
         for name, value in self._initial_values().items():
             self._buffers[name].copy_(value)  # type: ignore[union-attr]
+
+    def _forget_batches(self) -> None:
+        """Those of forwards whose alpha is no longer here."""
+        self._own = self._own_log_tilts = None
+        self._weighed.clear()
 
     @property
     def alpha(self) -> Tensor:
@@ -210,5 +216,7 @@ class AlphaState(nn.Module):
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
-        if not error_msgs and f"{prefix}log_alpha" in state_dict and not self.log_alpha.is_meta:
-            checkpoints.mend_log_alpha(self, error_msgs)
+        if not error_msgs and f"{prefix}log_alpha" in state_dict:
+            self._forget_batches()
+            if not self.log_alpha.is_meta:
+                checkpoints.mend_log_alpha(self, error_msgs)

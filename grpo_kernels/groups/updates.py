@@ -54,7 +54,7 @@ class AlphaUpdates(AlphaState):
             elif sum_over_ranks:
                 group_loss_sums, group_counts = self._sum_over_ranks(group_loss_sums, group_counts)
             self.shared_updates.add_(1)
-        self._update(group_loss_sums, group_counts)
+        self._update(group_loss_sums, group_counts.clone())  # the trail keeps them, and the caller may use them again
 
     @torch.no_grad()
     def _update(self, group_loss_sums: Tensor, group_counts: Tensor) -> None:
@@ -88,7 +88,12 @@ class AlphaUpdates(AlphaState):
 
         ``sum_over_ranks``: True: they are the rank's own pairs, which `step` will add up over the ranks. False: they
         are all ranks' already, the same on each.
+
+        Raises:
+            RuntimeError: with update="inline".
         """
+        if self.update_mode != "lagged":
+            raise RuntimeError("accumulate() belongs to update='lagged', whose step() uses what it adds up")
         statistics.check(group_loss_sums, group_counts, self.num_groups)
         with torch.no_grad():
             sums, counts, shares = self.pending_sums, self.pending_counts, self.pending_shares

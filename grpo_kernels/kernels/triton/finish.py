@@ -328,7 +328,7 @@ def _move_alpha(
     FLOOR: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """alpha_rules.moved_log_alpha: the present groups share their mass anew, the absent ones keep theirs."""
+    """moved_log_alpha of groups/rules.py: the present groups share their mass anew, the absent ones keep theirs."""
     score_max = tl.full((), LOWEST, tl.float64)
     score_sum = tl.full((), 0.0, tl.float64)
     mass_max = tl.full((), LOWEST, tl.float64)
