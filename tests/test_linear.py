@@ -11,6 +11,7 @@ import truth
 from conftest import batch
 from test_sequence_logps import DTYPES, plain_logps, run
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import grpo_kernels as gk
 from grpo_kernels.kernels import dispatch, linear, linear_plan, torch_chunked
@@ -105,6 +106,8 @@ def test_a_row_read_once_gives_what_two_readings_give(
     torch.testing.assert_close(at_once, gradient, rtol=torch.finfo(dtype).eps, atol=few, equal_nan=True)
     assert found_logps[1] == -torch.inf
     assert at_once[[2, 4, 5, 6]].isnan().any(1).all()
+    nothing = kernels.token_logps_and_unit_gradient(logits[:0], labels[:0], -100)
+    assert [tuple(x.shape) for x in nothing] == [(0,), (0, 2)]
 
 
 PLANS = {"recompute": ("recompute", 0), "keep some": ("auto", 13 * 8 * 26), "keep all": ("keep", 1 << 20)}
@@ -231,6 +234,17 @@ def test_linear_accumulate_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
         (grads[dtype],) = torch.autograd.grad(logps.sum(), weight)
     assert torch.equal(grads[torch.bfloat16], grads[torch.bfloat16].bfloat16().float())
     assert 0 < (grads[torch.bfloat16] - grads[torch.float32]).abs().max() < 0.02 * grads[torch.float32].abs().max()
+
+
+@pytest.mark.parametrize("accumulated", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_linear_products_that_a_gpu_has(dtype: torch.dtype, accumulated: torch.dtype) -> None:
+    """PyTorch's rules for the dtypes of a product are known without a GPU."""
+    with FakeTensorMode():
+        factors = [torch.ones(8, size, dtype=dtype, device="cuda") for size in (32, 16)]
+        sums = torch.zeros(32, 16, dtype=accumulated, device="cuda")
+        linear.add_products(sums, None, *factors, torch.ones(8, 1, device="cuda"))
+    linear._adds_in_product.cache_clear()
 
 
 def test_linear_weight_gradient_does_not_drift_with_the_number_of_chunks(monkeypatch: pytest.MonkeyPatch) -> None:

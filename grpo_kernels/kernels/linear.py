@@ -253,10 +253,12 @@ def add_products(
         dweight.addmm_(unit.t(), scaled_hidden)
     elif not dweight.is_cuda:
         _add_widened(dweight, unit.t(), scaled_hidden)
-    elif _adds_in_product(unit.dtype, dweight.dtype):
-        torch.addmm(dweight, unit.t(), scaled_hidden, out_dtype=dweight.dtype, out=dweight)
+    elif dweight.dtype != torch.float32:  # the library's products come in their own dtype or in float32
+        dweight += unit.t() @ scaled_hidden
+    elif _adds_in_product(unit.dtype):
+        torch.addmm(dweight, unit.t(), scaled_hidden, out_dtype=torch.float32, out=dweight)
     else:  # the library adds up in float32 anyway: do not round what it found
-        dweight += torch.mm(unit.t(), scaled_hidden, out_dtype=dweight.dtype)
+        dweight += torch.mm(unit.t(), scaled_hidden, out_dtype=torch.float32)
 
 
 def _add_widened(sums: Tensor, left: Tensor, right: Tensor) -> None:
@@ -274,12 +276,12 @@ def _add_widened(sums: Tensor, left: Tensor, right: Tensor) -> None:
 
 
 @functools.cache
-def _adds_in_product(dtype: torch.dtype, sum_dtype: torch.dtype) -> bool:
-    """Whether this PyTorch's product adds to sums of another dtype; some versions ask for one dtype of all."""
+def _adds_in_product(dtype: torch.dtype) -> bool:
+    """Whether this PyTorch's product adds to float32 sums; some versions ask for one dtype of all."""
     ones = torch.ones(16, 16, dtype=dtype, device="cuda")
-    sums = torch.zeros(16, 16, dtype=sum_dtype, device="cuda")
+    sums = torch.zeros(16, 16, device="cuda")
     try:
-        torch.addmm(sums, ones, ones, out_dtype=sum_dtype, out=sums)
+        torch.addmm(sums, ones, ones, out_dtype=torch.float32, out=sums)
     except RuntimeError:
         return False
     return True

@@ -248,7 +248,6 @@ def kernels_of_cubin(cubin: bytes) -> dict[str, tuple[Resources, Code]]:
 LATENCY = 850  # clocks, of a load that nothing delays
 ROW_LATENCIES = 4  # waits of a row outside its loop: label, then its logits; ticket and its fence
 TILE_LATENCIES = 2  # of a tile of the backward: label, then its logits
-CLOCKS_A_BARRIER = 60
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ SCRATCH_ELEMENTS = 1 << 20
 
 def token_logps_forward(logits: Tensor, labels: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
     token_logps, lse = (x.zero_() for x in new_token_outputs(logits, labels))
-    scratch = _scratch(logits, SCRATCH_ELEMENTS, token_logps.dtype)
+    scratch = _scratch(logits, token_logps.dtype)
     for block, block_labels, block_logps, block_lse in blocks(logits, labels, token_logps, lse):
         for rows in counted_chunks(block_labels, ignore_index, scratch.shape[0]):
             chunk = take(block, rows)
@@ -32,7 +32,7 @@ def token_logps_forward(logits: Tensor, labels: Tensor, ignore_index: int) -> tu
 def token_logps_backward(
     dtoken_logps: Tensor, logits: Tensor, labels: Tensor, lse: Tensor, ignore_index: int, out: Tensor
 ) -> None:
-    scratch = _scratch(logits, SCRATCH_ELEMENTS, accumulation_dtype(logits))
+    scratch = _scratch(logits, accumulation_dtype(logits))
     for block, block_labels, block_scale, block_out in blocks(logits, labels, dtoken_logps, out):
         _zero_ignored(block_out, block_labels, ignore_index)
         for rows in counted_chunks(block_labels, ignore_index, scratch.shape[0]):
@@ -48,9 +48,10 @@ def token_logps_and_unit_gradient(logits: Tensor, labels: Tensor, ignore_index: 
     """The contract's function: one exponential an entry; of 16-bit logits in a float32 scratch."""
     token_logps, lse = new_token_outputs(logits, labels)
     is_wide = logits.dtype == token_logps.dtype
-    scratch = logits if is_wide else _scratch(logits, SCRATCH_ELEMENTS, token_logps.dtype)
-    for begin in range(0, logits.shape[0], scratch.shape[0]):
-        rows = slice(begin, begin + scratch.shape[0])
+    scratch = logits if is_wide else _scratch(logits, token_logps.dtype)
+    rows_at_once = max(1, scratch.shape[0])
+    for begin in range(0, logits.shape[0], rows_at_once):
+        rows = slice(begin, begin + rows_at_once)
         chunk = logits[rows]
         some_labels, known = _clamped(labels[rows], chunk.shape[1])
         wide = chunk if is_wide else scratch[: chunk.shape[0]].copy_(chunk)
@@ -100,9 +101,9 @@ def _clamped(labels: Tensor, vocab_size: int) -> tuple[Tensor, Tensor]:
     return torch.where(known, labels, 0).long().unsqueeze(1), known
 
 
-def _scratch(logits: Tensor, elements: int, dtype: torch.dtype) -> Tensor:
+def _scratch(logits: Tensor, dtype: torch.dtype) -> Tensor:
     num_rows, vocab_size = logits.shape[:-1].numel(), logits.shape[-1]
-    rows = max(1, min(num_rows, elements // vocab_size))
+    rows = max(1, min(num_rows, SCRATCH_ELEMENTS // vocab_size))
     return torch.empty(rows, vocab_size, dtype=dtype, device=logits.device)
 
 
