@@ -143,8 +143,10 @@ def check_rows_and_labels(
         layout = "(S, T, .) without cu_seqlens" if cu_seqlens is None else "(N, .) with cu_seqlens"
         raise ValueError(f"{rows_name} must have {want} dimensions, {layout}, got shape {tuple(rows.shape)}")
     is_empty_shard = rows_name == "logits" and vocab_size is None
-    if (rows.shape[-1] == 0 and not is_empty_shard) or vocab_size == 0:
+    if rows.shape[-1] == 0 and not is_empty_shard:
         raise ValueError(f"{rows_name} must not have an empty last dimension, got shape {tuple(rows.shape)}")
+    if vocab_size == 0:
+        raise ValueError(f"weight must have a row for each token of the vocabulary, got shape (0, {rows.shape[-1]})")
     check_one_label_a_row(rows_name, rows, labels)
     check_same_device("labels", labels, rows_name, rows)
     if cu_seqlens is not None:

@@ -270,6 +270,8 @@ def test_a_loop_that_calls_a_loss_of_four(accumulation: int) -> None:
     first = torch.cat([torch.arange(3 * accumulation), torch.arange(3 * accumulation) + NUM_PAIRS])
     alike = loss_of("lagged").from_logps(Table()(torch.arange(3 * accumulation)), *_ids_and_ref(first))
     assert sum(loop.losses[:accumulation]) / accumulation == pytest.approx(alike.loss.item(), rel=1e-5)
+    with pytest.raises(ValueError, match="accumulation_steps must be finite and in"):
+        FourLogpsLoss(loss_of(), accumulation_steps=0)
     with pytest.raises(RuntimeError, match="group_ids must be set for each batch"):
         loop.loss_fn(*[torch.zeros(3)] * 4)
 

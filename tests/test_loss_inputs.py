@@ -71,6 +71,11 @@ def test_bad_options() -> None:
         gk.linear_sequence_logps(torch.zeros(2, 3, 4), torch.zeros(5, 4).long(), torch.zeros(2, 3).long())
     with pytest.raises(ValueError, match=r"weight must have shape \(V, 4\), got \(5, 6\)"):
         gk.linear_sequence_logps(torch.zeros(2, 3, 4), torch.zeros(5, 6), torch.zeros(2, 3).long())
+    with pytest.raises(ValueError, match=r"weight must have a row for each token .*, got shape \(0, 4\)"):
+        gk.linear_sequence_logps(torch.zeros(2, 3, 4), torch.zeros(0, 4), torch.zeros(2, 3).long())
+    lagged = gk.GroupRobustLoss(gk.GroupWeights(group_sizes=SIZES, step_size=0.1, update="lagged"), reference_free=True)
+    with pytest.raises(ValueError, match=r"total_pairs must be one number, got shape \(3,\)"):
+        lagged.from_logps(torch.zeros(8), ids(), total_pairs=torch.tensor([2, 1, 1]))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -69,6 +69,7 @@ def test_members_of_a_group_are_drawn_uniformly() -> None:
     [
         ((IDS, 8, "stratified"), "strategy must be one of 'pooled', 'group', 'uniform', 'balanced', got 'stratified'"),
         ((IDS, 0, "pooled"), "batch_size must be finite and in"),
+        (([0, -1], 8, "group"), "group_ids must be at least 0, got -1"),
         (([], 8, "pooled"), r"group_ids must have shape \(N,\)"),
         (([0, 2], 8, "balanced"), r"a pair of each group for strategy='balanced', got none of \[1\]"),
     ],
@@ -77,3 +78,5 @@ def test_bad_arguments(arguments: tuple, message: str) -> None:
     ids = torch.tensor(arguments[0], dtype=torch.int64)
     with pytest.raises(ValueError, match=message):
         GroupBatchSampler(ids, *arguments[1:], seed=0)
+    with pytest.raises(TypeError, match=r"batch_size must be a whole number, got 2\.5"):
+        GroupBatchSampler(IDS, 2.5, "pooled", seed=0)

@@ -34,11 +34,14 @@ class GroupBatchSampler:
         self, group_ids: Sequence[int] | Tensor, batch_size: int, strategy: str, *, seed: int, start_step: int = 0
     ) -> None:
         validation.check_choice("strategy", strategy, STRATEGIES)
-        validation.check_number("batch_size", batch_size, 1)
+        for name, value, least in (("batch_size", batch_size, 1), ("start_step", start_step, 0)):
+            validation.check_whole_number(name, value, least)
         ids = torch.as_tensor(group_ids)
         validation.check_index_tensor("group_ids", ids)
         if ids.dim() != 1 or ids.numel() == 0:
             raise ValueError(f"group_ids must have shape (N,) with N >= 1, got {tuple(ids.shape)}")
+        if int(ids.min()) < 0:
+            raise ValueError(f"group_ids must be at least 0, got {int(ids.min())}")
         num_groups = int(ids.max()) + 1
         self._members = [(ids == group).nonzero().squeeze(1) for group in range(num_groups)]
         empty = [group for group, members in enumerate(self._members) if members.numel() == 0]

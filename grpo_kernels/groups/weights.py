@@ -262,6 +262,8 @@ class GroupWeights(AlphaUpdates):
             )
         if not isinstance(total_pairs, Tensor):
             validation.check_number("total_pairs", total_pairs, 1)
+        elif total_pairs.numel() != 1:
+            raise ValueError(f"total_pairs must be one number, got shape {tuple(total_pairs.shape)}")
         for group in sharing:
             if group_sync.shares_ranks(self.process_group, group):
                 raise ValueError(

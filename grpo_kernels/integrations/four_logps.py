@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from grpo_kernels import validation
 from grpo_kernels.losses import GroupRobustLoss
 
 STATE_FILE = "group_weights.pt"
@@ -54,6 +55,7 @@ class FourLogpsLoss:
                 "loss_fn must have layout='chosen_first' and a loss_type that needs no numbers of tokens, got "
                 f"{loss_fn.extra_repr()}"
             )
+        validation.check_whole_number("accumulation_steps", accumulation_steps, 1)
         self.loss_fn, self.group_ids = loss_fn, None
         self.accumulation_steps, self.total_pairs = accumulation_steps, None
         self._forwards = 0

@@ -127,7 +127,7 @@ def run_algorithm(
     Source: Ramesh et al. 2024, algorithms 1 (DPO; 2 for IPO) and 3.
     """
     weights = loss_fn.group_weights
-    validation.check_number("steps", steps, 1)
+    validation.check_whole_number("steps", steps, 1)
     validation.check_choice("sampling", sampling, SAMPLING)
     sizes = torch.bincount(group_ids, minlength=weights.num_groups)
     given = weights.group_sizes

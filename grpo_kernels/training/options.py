@@ -50,7 +50,7 @@ class TrainOptions:
         validation.check_number("sft_learning_rate", self.sft_learning_rate, 0.0, open_low=True)
         for name, least in (("samples", 0), ("sample_tokens", 1), ("sft_steps", 0), ("early_stopping_patience", 1)):
             if getattr(self, name) is not None:
-                validation.check_number(name, getattr(self, name), least)
+                validation.check_whole_number(name, getattr(self, name), least)
         if self.eval_data is not None and self.data is None:
             raise ValueError("eval_data needs data: the embedded task brings its own evaluation pairs")
         is_split = self.data is not None and self.eval_data is None
