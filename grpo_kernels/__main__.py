@@ -40,7 +40,7 @@ def parser() -> argparse.ArgumentParser:
     doctor.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"), help="for --linear")
     doctor.add_argument("--losses", action="store_true", help="the table of pair losses")
     doctor.add_argument("--json", action="store_true", help="for programs")
-    _add_reproduce(commands.add_parser("reproduce", help="the paper's bandit experiment and convergence, in a minute"))
+    _add_reproduce(commands.add_parser("reproduce", help="the paper's bandit and convergence, in some minutes"))
     return top
 
 

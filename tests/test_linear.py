@@ -236,15 +236,24 @@ def test_linear_accumulate_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
     assert 0 < (grads[torch.bfloat16] - grads[torch.float32]).abs().max() < 0.02 * grads[torch.float32].abs().max()
 
 
+@pytest.mark.parametrize("adds", [False, True])
 @pytest.mark.parametrize("accumulated", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_linear_products_that_a_gpu_has(dtype: torch.dtype, accumulated: torch.dtype) -> None:
-    """PyTorch's rules for the dtypes of a product are known without a GPU."""
+def test_linear_products_that_a_gpu_has(
+    dtype: torch.dtype, accumulated: torch.dtype, adds: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a GPU PyTorch knows the dtypes of its products, but not of those that add to sums."""
+
+    def addmm(sums: Tensor, *factors: Tensor, out_dtype: torch.dtype, out: Tensor) -> None:
+        assert sums.dtype == out.dtype == out_dtype == torch.float32
+        assert {factor.dtype for factor in factors} <= {torch.bfloat16, torch.float16}
+
+    monkeypatch.setattr(torch, "addmm", addmm)
+    monkeypatch.setattr(linear, "_adds_in_product", lambda dtype: adds)
     with FakeTensorMode():
         factors = [torch.ones(8, size, dtype=dtype, device="cuda") for size in (32, 16)]
         sums = torch.zeros(32, 16, dtype=accumulated, device="cuda")
         linear.add_products(sums, None, *factors, torch.ones(8, 1, device="cuda"))
-    linear._adds_in_product.cache_clear()
 
 
 def test_linear_weight_gradient_does_not_drift_with_the_number_of_chunks(monkeypatch: pytest.MonkeyPatch) -> None:

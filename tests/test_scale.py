@@ -77,7 +77,6 @@ def test_shares() -> None:
     assert 0.06 < scale.head_share_of_step(scale.HEADS[0]) < 0.07
     shares = [scale.head_share_of_step(head) for head in scale.HEADS]
     assert shares == sorted(shares, reverse=True)
-    assert scale.row_kernel_share_of_head(scale.HEADS[0], 4e12, 7e14) == pytest.approx(3 * 2 / 4e12 * 7e14 / 6 / 4096)
 
 
 def test_the_document_is_current() -> None:

@@ -129,7 +129,6 @@ __device__ __forceinline__ void alpha_loss_and_coefficients(const Loss& loss, co
   }
 }
 
-// Not inlined: it runs once, and its registers are not to be those of the loop over a row.
 template <class Real>
 __device__ __forceinline__ void finish(const Loss& loss) {
   const Block block;

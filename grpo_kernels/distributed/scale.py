@@ -60,12 +60,6 @@ def head_share_of_step(head: Head) -> float:
     return 6 * head.hidden_size * head.vocab_size / (6 * head.parameters)
 
 
-def row_kernel_share_of_head(head: Head, bytes_a_second: float, flops_a_second: float, itemsize: int = 2) -> float:
-    """Reading the logits once, reading and writing them once, against the head's three products."""
-    seconds = 3 * head.vocab_size * itemsize / bytes_a_second
-    return seconds / (6 * head.hidden_size * head.vocab_size / flops_a_second)
-
-
 def table() -> str:
     """Markdown: one row for each head and number of counted tokens on a rank, the vocabulary over 1 and 8 ranks."""
     lines = [

@@ -7,7 +7,6 @@ import functools
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from types import MethodType
 from typing import Any, NamedTuple
 
@@ -62,23 +61,6 @@ def small_llama(vocab_size: int, *, hidden_size: int, num_layers: int, max_lengt
         pad_token_id=pad_id,
     )
     return transformers.LlamaForCausalLM(config)
-
-
-def load_local(directory: str | Path) -> tuple[Any, Any]:
-    """(model, tokenizer) of a directory written by ``save_pretrained``; nothing is downloaded.
-
-    Raises:
-        ValueError: it is no directory, or its tokenizer has no end-of-sequence token.
-    """
-    transformers = require()
-    directory = Path(directory)
-    if not directory.is_dir():
-        raise ValueError(f"model must be a local directory, got {str(directory)!r}")
-    model = transformers.AutoModelForCausalLM.from_pretrained(directory, local_files_only=True)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(directory, local_files_only=True)
-    if tokenizer.eos_token_id is None:
-        raise ValueError(f"the tokenizer of {str(directory)!r} must have an end-of-sequence token, it has none")
-    return model, tokenizer
 
 
 def pad_token_id(tokenizer: Any) -> int:

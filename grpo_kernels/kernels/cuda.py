@@ -24,7 +24,7 @@ from grpo_kernels.kernels.group_robust import (
     new_tables,
     upstream_of,
 )
-from grpo_kernels.kernels.rows import accumulation_dtype, new_token_outputs
+from grpo_kernels.kernels.rows import DTYPE_NAMES, accumulation_dtype, new_token_outputs, row_strides_of, strides_of
 
 try:
     from grpo_kernels._C import cuda as _built  # type: ignore[attr-defined, unused-ignore]
@@ -34,12 +34,6 @@ except ImportError:
 launches: Any = _built
 """What launches the kernels; tests put the simulated ones here."""
 
-DTYPES = {
-    torch.float32: "float32",
-    torch.bfloat16: "bfloat16",
-    torch.float16: "float16",
-    torch.float64: "float64",
-}
 # Rows, or parts of rows, for each multiprocessor, which has four at a time: with fewer, rows are split, because the
 # last of them would leave most multiprocessors idle. Not measured yet.
 BLOCKS_PER_MULTIPROCESSOR = 16
@@ -83,8 +77,7 @@ def token_logps_backward(
                 f"{name} must be {tuple(wanted)} {dtype} on {logits.device}, "
                 f"got {tuple(tensor.shape)} {tensor.dtype} on {tensor.device}"
             )
-    strides = dtoken_logps.stride()
-    of_rows = (strides[0], 0) if row_sequence is not None else strides if len(strides) == 2 else (0, *strides)
+    of_rows = (dtoken_logps.stride(0), 0) if row_sequence is not None else row_strides_of(dtoken_logps)
     labels, lse = labels.contiguous(), lse.contiguous()
     launches.logps_backward(
         _place(logits),
@@ -183,9 +176,9 @@ def _place(logits: Tensor) -> tuple[int, int]:
 
 
 def _dtype(logits: Tensor) -> str:
-    if logits.dtype not in DTYPES:
+    if logits.dtype not in DTYPE_NAMES:
         raise TypeError(f"logits must be float32, bfloat16, float16 or float64, got {logits.dtype}")
-    return DTYPES[logits.dtype]
+    return DTYPE_NAMES[logits.dtype]
 
 
 def _sizes(logits: Tensor, labels: Tensor, splits: int, ignore_index: int) -> tuple[int, ...]:
@@ -202,8 +195,8 @@ def _sizes(logits: Tensor, labels: Tensor, splits: int, ignore_index: int) -> tu
 
 
 def _matrix(logits: Tensor) -> tuple[int, ...]:
-    """(address, sequence, position and vocabulary strides); packed rows are one sequence."""
-    return (logits.data_ptr(), *((0,) if logits.dim() == 2 else ()), *logits.stride())
+    """(address, sequence, position and vocabulary strides)"""
+    return (logits.data_ptr(), *strides_of(logits))
 
 
 def _vector(x: Tensor | None) -> tuple[int, int]:

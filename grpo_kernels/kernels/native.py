@@ -14,17 +14,10 @@ import torch
 from torch import Tensor
 
 from grpo_kernels import _C
-from grpo_kernels.kernels.rows import accumulation_dtype, new_token_outputs
+from grpo_kernels.kernels.rows import DTYPE_NAMES, accumulation_dtype, new_token_outputs, row_strides_of, strides_of
 
 INSTRUCTION_SET = _C.instruction_sets()[0]
 """The best that this machine can run. Tests set the others."""
-
-DTYPES = {
-    torch.float32: "float32",
-    torch.bfloat16: "bfloat16",
-    torch.float16: "float16",
-    torch.float64: "float64",
-}
 
 
 def token_logps_forward(
@@ -46,13 +39,13 @@ def _forward(
     token_logps, lse = new_token_outputs(logits, labels)
     function(
         INSTRUCTION_SET,
-        DTYPES[logits.dtype],
+        DTYPE_NAMES[logits.dtype],
         shape,
         logits.data_ptr(),
-        _strides(logits),
+        strides_of(logits),
         labels.data_ptr(),
         labels.itemsize,
-        _row_strides(labels),
+        row_strides_of(labels),
         ignore_index,
         token_logps.data_ptr(),
         lse.data_ptr(),
@@ -85,19 +78,19 @@ def token_logps_backward(
     lse = lse.contiguous()
     _C.token_logps_backward(
         INSTRUCTION_SET,
-        DTYPES[logits.dtype],
+        DTYPE_NAMES[logits.dtype],
         shape,
         dtoken_logps.data_ptr(),
-        _row_strides(dtoken_logps),
+        row_strides_of(dtoken_logps),
         logits.data_ptr(),
-        _strides(logits),
+        strides_of(logits),
         labels.data_ptr(),
         labels.itemsize,
-        _row_strides(labels),
+        row_strides_of(labels),
         lse.data_ptr(),
         ignore_index,
         out.data_ptr(),
-        _strides(out),
+        strides_of(out),
         num_threads or torch.get_num_threads(),
     )
 
@@ -106,7 +99,7 @@ def _checked(logits: Tensor, labels: Tensor) -> tuple[int, int, int]:
     """(sequences, positions, V). Packed rows are one sequence."""
     if logits.dim() not in (2, 3):
         raise ValueError(f"logits must have shape (S, T, V) or (N, V), got {tuple(logits.shape)}")
-    if logits.dtype not in DTYPES:
+    if logits.dtype not in DTYPE_NAMES:
         raise TypeError(f"logits must be float32, bfloat16, float16 or float64, got {logits.dtype}")
     if labels.shape != logits.shape[:-1]:
         raise ValueError(f"labels must have shape {tuple(logits.shape[:-1])}, got {tuple(labels.shape)}")
@@ -117,13 +110,3 @@ def _checked(logits: Tensor, labels: Tensor) -> tuple[int, int, int]:
             raise ValueError(f"{name} must be on the CPU, got {tensor.device}")
     sequences = 1 if logits.dim() == 2 else logits.shape[0]
     return sequences, logits.shape[-2], logits.shape[-1]
-
-
-def _strides(logits: Tensor) -> tuple[int, int, int]:
-    """(sequence, position, vocabulary) strides in elements."""
-    return (0, *logits.stride()) if logits.dim() == 2 else logits.stride()  # type: ignore[return-value]
-
-
-def _row_strides(values: Tensor) -> tuple[int, int]:
-    """(sequence, position) strides of a tensor with one number a row; 0 where it was expanded."""
-    return (0, *values.stride()) if values.dim() == 1 else values.stride()  # type: ignore[return-value]

@@ -7,7 +7,11 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from grpo_kernels.validation import LOGITS_DTYPES
+
 RowIndex = slice | Tensor
+DTYPE_NAMES = {dtype: str(dtype).removeprefix("torch.") for dtype in LOGITS_DTYPES}
+"""What the extension calls the dtypes of logits."""
 
 
 def accumulation_dtype(x: Tensor) -> torch.dtype:
@@ -19,6 +23,16 @@ def new_token_outputs(x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """token_logps (...) and lse (..., 2) of logits or hidden states, not filled yet."""
     token_logps = x.new_empty(labels.shape, dtype=accumulation_dtype(x))
     return token_logps, token_logps.new_empty((*labels.shape, 2))
+
+
+def strides_of(logits: Tensor) -> tuple[int, int, int]:
+    """(sequence, position, vocabulary) strides in elements; packed rows are one sequence."""
+    return (0, *logits.stride()) if logits.dim() == 2 else logits.stride()  # type: ignore[return-value]
+
+
+def row_strides_of(values: Tensor) -> tuple[int, int]:
+    """(sequence, position) strides of a tensor with one number a row; 0 where it was expanded."""
+    return (0, *values.stride()) if values.dim() == 1 else values.stride()  # type: ignore[return-value]
 
 
 def empty_gradient(logits: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ from grpo_kernels.kernels.group_robust import (
     finish_many_groups,
     new_tables,
 )
-from grpo_kernels.kernels.rows import accumulation_dtype
+from grpo_kernels.kernels.rows import accumulation_dtype, strides_of
 from grpo_kernels.kernels.triton.finish import alpha_loss_and_coefficients, pairs_and_group_sums, split_number
 from grpo_kernels.kernels.triton.launch import (
     aligned_origin,
@@ -35,7 +35,6 @@ from grpo_kernels.kernels.triton.launch import (
     layout,
     multiprocessors,
     positions,
-    strides_of,
     triton_dtype,
 )
 from grpo_kernels.kernels.triton.logps import (

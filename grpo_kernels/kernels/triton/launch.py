@@ -10,22 +10,14 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
+from grpo_kernels.kernels.rows import strides_of
+
 BYTES_A_LOAD = 16
 
 
 def positions(logits: Tensor) -> int:
     """T: row number r is position r % T of sequence r // T. Packed rows are one sequence."""
     return logits.shape[-2]
-
-
-def strides_of(logits: Tensor) -> tuple[int, int, int]:
-    """(sequence, position, vocabulary) strides in elements."""
-    return (0, *logits.stride()) if logits.dim() == 2 else logits.stride()  # type: ignore[return-value]
-
-
-def row_strides_of(values: Tensor) -> tuple[int, int]:
-    """(sequence, position) strides of a tensor with one number a row; 0 where it was expanded."""
-    return (0, *values.stride()) if values.dim() == 1 else values.stride()  # type: ignore[return-value]
 
 
 def aligned_origin(logits: Tensor) -> tuple[Tensor, int]:

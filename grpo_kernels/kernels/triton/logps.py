@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from grpo_kernels.kernels.group_robust import Upstream, upstream_of
-from grpo_kernels.kernels.rows import accumulation_dtype, new_token_outputs
+from grpo_kernels.kernels.rows import accumulation_dtype, new_token_outputs, row_strides_of, strides_of
 from grpo_kernels.kernels.triton.launch import (
     aligned_origin,
     alike,
@@ -30,8 +30,6 @@ from grpo_kernels.kernels.triton.launch import (
     layout,
     multiprocessors,
     positions,
-    row_strides_of,
-    strides_of,
     triton_dtype,
 )
 from grpo_kernels.kernels.triton.tiles import row_splits, tile_for
