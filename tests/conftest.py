@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -104,6 +105,12 @@ def one_rounding(dtype: torch.dtype, backend: str) -> float:
     """Relative error of storing a number: half an ulp; a whole one where Triton's interpreter truncates to bfloat16."""
     truncates = backend == "triton" and dtype == torch.bfloat16 and not torch.cuda.is_available()
     return torch.finfo(dtype).eps / (1 if truncates else 2)
+
+
+def pytest_collection_finish() -> None:
+    """What is imported by now stays: Python need not look for garbage among it again and again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
