@@ -7,8 +7,6 @@ import math
 import os
 import resource
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -20,6 +18,7 @@ os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 trl = pytest.importorskip("trl", reason="trl is not installed: pip install 'grpo-kernels[train]'")
 
 import datasets  # noqa: E402
+import forks  # noqa: E402
 import transformers  # noqa: E402
 
 from grpo_kernels.__main__ import main  # noqa: E402
@@ -387,20 +386,19 @@ def test_resume_refuses_what_has_changed(tmp_path: Path, model: str, capsys: pyt
 # -- processes of their own --------------------------------------------------------------------------------------------
 
 
-def start(*command: str) -> subprocess.Popen:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen([sys.executable, "-m", *command], env=environment, stderr=subprocess.PIPE, text=True)
+def run(words: list[str]) -> None:
+    assert main(words) == 0
 
 
 def test_a_killed_run_resumes_bit_for_bit(tmp_path: Path, data: str, model: str) -> None:
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     words = command("--data", data, "--model", model, "--max_steps", 40)
     assert main([*words, "--out", str(whole)]) == 0
-    process, deadline = start("grpo_kernels", *words, "--out", str(killed)), time.monotonic() + 200
+    process, deadline = forks.start(run, [*words, "--out", str(killed)]), time.monotonic() + 200
     while not list((killed / "robust").glob("checkpoint-*")) and time.monotonic() < deadline:
         time.sleep(0.01)
     process.kill()
-    process.communicate()
+    process.join()
     assert not (killed / "robust" / "model").exists(), "it was killed on the way"
     assert main(["train", "--resume", "--out", str(killed)]) == 0
     assert_same_run(whole, killed)
@@ -411,9 +409,7 @@ def test_two_processes_are_one_run(tmp_path: Path, data: str, model: str, uninte
     """The run of one process, and what two have saved goes on in one."""
     out = tmp_path / "out"
     words = command("--data", data, "--model", model, "--per_device_train_batch_size", 2, "--out", out)
-    ranks = ("torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "grpo_kernels")
-    _, errors = (process := start(*ranks, *words)).communicate()
-    assert process.returncode == 0, errors
+    forks.run_on_ranks(2, run, words)
     assert_close_runs(uninterrupted, out)
     (out / "robust" / "model").rename(tmp_path / "two")
     (out / "robust" / "checkpoint-4").rename(tmp_path / "later")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import os
-import socket
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ for package in ("trl", "datasets", "peft"):
 if not torch.distributed.is_available():
     pytest.skip("this PyTorch has no torch.distributed", allow_module_level=True)
 
+import forks  # noqa: E402
 import trl_cases  # noqa: E402
 import trl_fsdp2  # noqa: E402
 from trl_exact import EXACT, LOGGED, assert_same, gpt2, pairs, parameters, trainer  # noqa: E402
@@ -33,13 +33,11 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-def worker(rank: int, world: int, port: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "ACCELERATE_USE_CPU": "1"}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+def worker(world: int, folder: str) -> None:
+    os.environ["ACCELERATE_USE_CPU"] = "1"
     results = {**results_of_cases(world, folder), "bfloat16": in_bfloat16()}
     results["fsdp2"] = trl_fsdp2.results_of(trainer, world, Path(folder))
-    torch.save(results, Path(folder) / f"rank{rank}.pt")
+    torch.save(results, Path(folder) / f"rank{os.environ['RANK']}.pt")
     torch.distributed.destroy_process_group()
 
 
@@ -88,10 +86,7 @@ def in_bfloat16() -> dict[str, Any]:
 
 
 def run_both(folder: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.spawn(worker, (2, port, str(folder)), nprocs=2)
+    forks.run_on_ranks(2, worker, 2, str(folder))
     results = results_of_cases(1, str(folder / "alone"))
     results["fsdp2"] = trl_fsdp2.results_of(trainer, 1, folder / "alone")
     torch.save(results, folder / "alone.pt")
