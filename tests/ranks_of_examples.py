@@ -19,7 +19,8 @@ from pathlib import Path
 import torch
 import torch.distributed
 
-for module in ("torch.distributed.fsdp", "accelerate"):
+# What the scripts load, or PyTorch and Accelerate for them.
+for module in ("grpo_kernels", "torch.distributed.fsdp", "torch._dynamo", "accelerate", "transformers.modeling_utils"):
     with contextlib.suppress(ImportError):
         importlib.import_module(module)
 

@@ -6,6 +6,7 @@ import importlib.util
 import json
 import os
 import re
+import runpy
 import subprocess
 import sys
 from collections.abc import Callable
@@ -35,6 +36,21 @@ def output_of(*command: str, **environment: str) -> str:
             break
     assert ran.returncode == 0, ran.stderr
     return ran.stdout
+
+
+@pytest.fixture
+def printed_by(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """What a script prints, as the program of this process: a new one would import for longer than it runs."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+
+    def printed(script: str, *arguments: str) -> str:
+        monkeypatch.setattr(sys, "argv", [script, *arguments])
+        capsys.readouterr()
+        runpy.run_path(str(ROOT / "examples" / script), run_name="__main__")
+        return capsys.readouterr().out
+
+    return printed
 
 
 def numbers(output: str) -> list[list[float]]:
@@ -85,8 +101,8 @@ def test_as_the_readme_starts_it() -> None:
     assert lines[-1][1] < 0.9 * lines[0][1], "it learns"
 
 
-def test_pure_torch() -> None:
-    lines = numbers(output_of("examples/plain.py"))
+def test_pure_torch(printed_by: Callable[..., str]) -> None:
+    lines = numbers(printed_by("plain.py"))
     assert [line[0] for line in lines] == [5, 10, 15, 20]
     assert lines[-1][1] < 0.9 * lines[0][1], "it learns"
 
@@ -102,7 +118,7 @@ def test_accelerate(on_ranks: Callable) -> None:
         assert same == pytest.approx(line, abs=PRINTED)
 
 
-def test_trl(tmp_path: Path) -> None:
+def test_trl(tmp_path: Path, printed_by: Callable[..., str]) -> None:
     pytest.importorskip("trl", reason="trl is not installed: pip install 'grpo-kernels[trl]'")
     row = {"prompt": "{}?", "chosen": " yes {}", "rejected": " no {}"}
     rows = [{name: text.format(i) for name, text in row.items()} | {"group": "ab"[i % 3 == 0]} for i in range(24)]
@@ -110,7 +126,7 @@ def test_trl(tmp_path: Path) -> None:
     for file in files:
         Path(file).write_text("".join(json.dumps(row) + "\n" for row in rows))
     options = ["--steps", "4", "--max-length", "32", "--out", str(tmp_path / "out")]
-    table = [line.split(" | ") for line in output_of("examples/with_trl.py", *files, *options).splitlines()[-10:]]
+    table = [line.split(" | ") for line in printed_by("with_trl.py", *files, *options).splitlines()[-10:]]
     assert [(line[0].strip("| "), int(line[1])) for line in table] == [(g, s) for g in "ab" for s in range(5)]
     for group, count in (("a", 16), ("b", 8)):
         losses = [float(line[2]) for line in table if line[0] == f"| {group}"]
@@ -119,10 +135,9 @@ def test_trl(tmp_path: Path) -> None:
         assert {line[5] for line in table if line[0] == f"| {group}"} == {f"{count} |"}
 
 
-def test_unknown_groups_are_found_and_served() -> None:
+def test_unknown_groups_are_found_and_served(printed_by: Callable[..., str]) -> None:
     right, plain, robust = (
-        [float(x) for x in re.findall(r"\d\.\d+", line)]
-        for line in output_of("examples/unknown_groups.py").splitlines()
+        [float(x) for x in re.findall(r"\d\.\d+", line)] for line in printed_by("unknown_groups.py").splitlines()
     )
     assert right[0] >= 0.95
     assert max(robust) < max(plain), "the type that does worst does better"

@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 from makefile import make_would
 
+from grpo_kernels.__main__ import main
+
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import tables  # noqa: E402
@@ -104,11 +106,12 @@ def test_ci_calls_the_test_command() -> None:
     assert commands.index("make test") < commands.index("make test-cpus FEW=1")
 
 
-def test_doctor() -> None:
-    command = [sys.executable, *shlex.split("python -m grpo_kernels doctor")[1:]]
-    shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor"]) == 0
+    shown = capsys.readouterr().out
     assert re.search(r"torch +usable: chunked plain PyTorch", shown)
-    as_json = subprocess.run([*command, "--json"], capture_output=True, text=True, check=True).stdout
+    command = [sys.executable, "-m", "grpo_kernels", "doctor", "--json"]
+    as_json = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     assert json.loads(as_json)["backends"]["reference"]["not_usable_because"] == []
     if json.loads(as_json)["backends"]["cpp"]["not_usable_because"]:
         assert "extension: not built" in shown

@@ -67,12 +67,12 @@ class Pairs(Dataset):
         return index if grpo_kernels.backends()["torch"] == [] else -1
 
 
-@pytest.mark.parametrize("start", ["fork", "spawn"])
-def test_data_loader_workers(start: str) -> None:
+@pytest.mark.parametrize(("start", "workers"), [("fork", 2), ("spawn", 1)])  # which imports PyTorch once more each
+def test_data_loader_workers(start: str, workers: int) -> None:
     groups = [index % 3 for index in range(12)]
     expected = [GroupBatchSampler(groups, 4, "balanced", seed=3).batch(step) for step in range(3)]
     batches = [GroupBatchSampler(groups, 4, "balanced", seed=3).batch(step) for step in range(3)]
-    loader = DataLoader(Pairs(), batch_sampler=batches, num_workers=2, multiprocessing_context=start)
+    loader = DataLoader(Pairs(), batch_sampler=batches, num_workers=workers, multiprocessing_context=start)
     assert [batch.tolist() for batch in loader] == expected
 
 

@@ -143,19 +143,19 @@ def data_parallel_is_one_process() -> None:
 def compiled_is_eager() -> None:
     """To the bit, in one graph, step after step, for both ways in which statistics travel inside a graph.
 
-    In the second step of one of them the second rank has no pairs.
+    The second step has other shapes; in one of the two the second rank has no pairs.
     """
     rank, _ = rank_and_world()
-    uneven, all_on_one = ([slice(0, 2), slice(2, 7)], [slice(0, 7), slice(7, 7)])
+    uneven, other, all_on_one = ([slice(0, cut), slice(cut, 7)] for cut in (2, 3, 7))
     for backend in (name for name in backends() if name in ("triton", "torch")):
         update = "lagged" if backend == "torch" else "inline"
         torch.compiler.reset()
         eager, ours = (gk.GroupRobustLoss(weights(None, update=update), backend=backend) for _ in range(2))
-        compiled = torch.compile(ours, fullgraph=True, dynamic=True, backend="aot_eager")
+        compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
         for step in range(2):
             results = []
             for loss_fn in (eager, compiled):
-                parts = all_on_one if step == 1 and update == "inline" else uneven
+                parts = uneven if step == 0 else all_on_one if update == "inline" else other
                 logits, *rest = part(pairs(7, length=2, seed=step), parts[rank])
                 logits.requires_grad_()
                 loss = loss_fn(logits, *rest).loss

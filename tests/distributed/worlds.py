@@ -6,6 +6,7 @@ leaves FOLDER/w-r.json: {case: "", or what went wrong}, and prints what each cas
 
 from __future__ import annotations
 
+import importlib
 import json
 import sys
 import time
@@ -23,6 +24,15 @@ import sharded_cases  # noqa: F401
 import torch
 import torch.distributed as dist
 from cases import CASES, WORLD_SIZES
+
+# By PyTorch as well: once here instead of once in each rank.
+IMPORTED_BY_CASES = [
+    f"torch.{name}"
+    for name in (
+        *("_dynamo.backends.debugging", "_functorch.aot_autograd", "_inductor.compile_fx"),
+        *("distributed.checkpoint.state_dict", "distributed.fsdp", "distributed.pipelining"),
+    )
+]
 
 
 def rank_of_world(rank: int, world: int, folder: Path) -> None:
@@ -48,6 +58,8 @@ def rank_of_world(rank: int, world: int, folder: Path) -> None:
 
 def main(folder: Path) -> None:
     quick_interpreter.install()
+    for module in IMPORTED_BY_CASES:
+        importlib.import_module(module)
     for world in WORLD_SIZES:
         try:
             torch.multiprocessing.start_processes(rank_of_world, (world, folder), nprocs=world, start_method="fork")
