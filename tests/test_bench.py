@@ -61,6 +61,7 @@ def test_records(tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
     assert file["records"] == records
     assert file["torch"] == torch.__version__
     assert [record["contender"] for record in records] == [one.name for one in LOGITS.contenders]
+    assert not [record for record in records if "failed_because" in record]
     measured = {record["contender"]: record for record in records if "median_ms" in record}
     assert {"reference", "torch cross_entropy", "torch", "torch in place"} <= set(measured)
     for record in measured.values():
