@@ -64,7 +64,8 @@ def _summaries(files: list[dict[str, Any]], out: Path) -> list[Path]:
         for kind, (x_label, x_of, y_label, y_of) in curves.items():
             groups: dict[Any, list[tuple[dict, dict]]] = {}
             for found, record in own:
-                groups.setdefault(_all_but(kind, record["case"]), []).append((found, record))
+                one_machine = (found["device"], *_all_but(kind, record["case"]))
+                groups.setdefault(one_machine, []).append((found, record))
             enough = 1 if kind == "roofline" else 2
             series = max(groups.values(), key=lambda some: len({x_of(r) for _, r in some}), default=[])
             if len({x_of(record) for _, record in series}) >= enough:
