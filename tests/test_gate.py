@@ -55,6 +55,14 @@ def test_a_loop_is_found_and_counted() -> None:
     hot = machine_code.hot_path(Code.parsed(LOOP), is_loop=True)
     assert hot == HotPath(True, 6, 1, 3, 0, 2, 0, 0)
     assert hot.per_logit(hot.instructions, 2) == 6 / 24
+    after = """
+.L_x_3:
+        /*0090*/                   LDG.E.64 R4, desc[UR4][R2.64] ;
+        /*00a0*/                   MUFU.EX2 R4, R4 ;
+        /*00b0*/                   MUFU.LG2 R4, R4 ;
+        /*00c0*/              @P0 BRA `(.L_x_3) ;
+"""
+    assert machine_code.hot_path(Code.parsed(LOOP + after), is_loop=True) == hot, "not the pairs' loop"
 
 
 def test_of_a_tile_the_shortest_way_that_reads_and_writes() -> None:

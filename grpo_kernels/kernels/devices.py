@@ -25,8 +25,8 @@ class Device:
     source: str
 
 
-# Data sheets give peaks. Large products were measured at 0.73 of the H200's, copies at 0.9 of its 4.8 TB/s: the others
-# are their data sheets' figures times these.
+# Data sheets give peaks. Others measured large products at 0.73 of the H200's, and copies at 0.9 of its 4.8 TB/s: the
+# other rows are their data sheets' figures times these.
 DEVICES = {
     "a100": Device(
         "a100", {2: 228e12, 4: 14e12, 8: 7e12}, 1.8e12, 5e-6, 80 << 30, "NVIDIA A100 80GB data sheet: 312 TFLOP/s"
@@ -35,7 +35,7 @@ DEVICES = {
         "h100", {2: 720e12, 4: 49e12, 8: 24e12}, 3.0e12, 5e-6, 80 << 30, "NVIDIA H100 SXM data sheet: 989 TFLOP/s"
     ),
     "h200": Device(
-        "h200", {2: 720e12, 4: 49e12, 8: 24e12}, 4.3e12, 5e-6, 141 * 10**9, "NVIDIA H200 data sheet; 720 measured"
+        "h200", {2: 720e12, 4: 49e12, 8: 24e12}, 4.3e12, 5e-6, 141 * 10**9, "NVIDIA H200 data sheet; 720 by others"
     ),
     "b200": Device(
         "b200", {2: 1640e12, 4: 55e12, 8: 27e12}, 7.2e12, 5e-6, 180 * 10**9, "NVIDIA B200 data sheet: 2250 TFLOP/s"

@@ -110,9 +110,14 @@ class HotPath:
 
 
 def hot_path(code: Code, is_loop: bool) -> HotPath:
-    """``is_loop``: whether to look at the loop with the most exponentials, else at the path of a tile."""
+    """``is_loop``: whether to look at the loop with the most exponentials, else at the path of a tile.
+
+    Of loops those that load 16 bytes at a time come first: what follows the rows has exponentials, too.
+    """
     if is_loop:
-        path = max(code.loops(), key=_special, default=[])
+        path = max(
+            code.loops(), key=lambda loop: (any(_is_load(x) and _is_wide(x) for x in loop), _special(loop)), default=[]
+        )
         first = next((i for i, one in enumerate(path) if _is_load(one)), 0)
         ordered = path[first:] + path[:first]
     else:
@@ -183,7 +188,7 @@ def _amd_registers(operands: str) -> set[int]:
 
 @dataclass(frozen=True)
 class Device:
-    """What the model knows of a GPU. Bandwidths are assumptions, but for that of the H200, a copy's as measured."""
+    """What the model knows of a GPU. Bandwidths are assumptions, the H200's a copy's as others measured it."""
 
     name: str
     multiprocessors: int
