@@ -309,7 +309,10 @@ def test_a_file_of_options(tmp_path: Path) -> None:
         (["--lr_scheduler_kwargs", "x"], "lr_scheduler_kwargs must be a dict, or one as JSON, got 'x'"),
         (["--group_options", '{"floor": 2}'], "floor must be finite and in [0.0, 1.0), got 2"),
         (["--data", "none.jsonl"], "data none.jsonl: there is no such file"),
-        (["--config", "none.yaml"], "none.yaml"),
+        (["--config", "none.yaml"], "config must be a YAML file, 'none.yaml' is not: [Errno 2] No such file"),
+        (["--config", "."], "config must be a YAML file, '.' is not: [Errno 21] Is a directory"),
+        (["--config", "number.yaml", "--loss_weights", "1"], "loss_type must be a list, got 3"),
+        (["--pad_to_multiple_of", "8.5"], "pad_to_multiple_of must be a whole number, auto or none, got '8.5'"),
         (["--config"], "config must be a YAML file, got nothing after --config"),
         (
             ["--config", "broken.yaml"],
@@ -324,7 +327,14 @@ def test_bad_options_are_named(
     words: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    for name, text in (("broken", b"a: [b\n"), ("latin", b"data: caf\xe9\n"), ("list", b"- beta\n"), ("empty", b"")):
+    files = {
+        "broken": b"a: [b\n",
+        "latin": b"data: caf\xe9\n",
+        "list": b"- beta\n",
+        "empty": b"",
+        "number": b"loss_type: 3\n",
+    }
+    for name, text in files.items():
         (tmp_path / f"{name}.yaml").write_bytes(text)
     assert main(["train", "--out", str(tmp_path / "out"), *words]) == 2
     assert message in capsys.readouterr().err.splitlines()[-1]

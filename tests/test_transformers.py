@@ -183,6 +183,10 @@ def test_a_head_that_is_more_than_its_matrix_takes_the_logits_path() -> None:
     model.lm_head = Doubled(16, 60, bias=False)
     with pytest.raises(NotImplementedError, match=r"the head of LlamaForCausalLM is more than its matrix"):
         hf.find_head(model)
+    in_float32 = model_of("Llama").to(torch.bfloat16)
+    in_float32.lm_head.float().register_forward_pre_hook(lambda _, inputs: inputs[0].float())
+    with pytest.raises(NotImplementedError, match=r"the head of LlamaForCausalLM does not read its last hidden states"):
+        hf.find_head(in_float32)
 
 
 def test_an_optimizer_made_after_find_head_has_the_shards(tmp_path: Path) -> None:

@@ -71,6 +71,8 @@ def test_a_pair_without_a_group_is_refused(data: Any, where: str) -> None:
 def test_names_that_differ_in_spaces_or_case_are_named() -> None:
     with pytest.warns(UserWarning, match=r"groups apart: \[\['DE', 'de '\], \['New  York', 'new york'\]\]"):
         trainer(data=pairs(["de ", "DE", "fr", "New  York", "new york"]))
+    with pytest.warns(UserWarning, match="groups apart"):
+        trainer(data=pairs(["\u00e9", "e\u0301\u200b"]))  # an e with its accent, and one with a sign of no width
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         trainer(data=pairs(["a b", "ab"]))
@@ -147,6 +149,41 @@ def test_what_is_no_set_of_pairs(kind: str) -> None:
     if kind != "dict":
         with pytest.raises(error, match=wanted):
             trainer(max_length=20).evaluate(data)
+
+
+def test_a_transform_reads_and_makes_columns_of_whole_rows() -> None:
+    """Once: it may be one that is not to be repeated, and that knows no columns but its own."""
+
+    def louder(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        chosen = [f"{text}!" for text in batch["chosen"]]
+        return {"prompt": batch["prompt"], "chosen": chosen, "rejected": batch["rejected"], "group": batch["by"]}
+
+    data = pairs(["a", "b", "b"], "by")
+    wanted = trainer(data=data.map(louder, batched=True), eval_data=data.map(louder, batched=True)).evaluate()
+    of = trainer(data=data.with_transform(louder), eval_data=data.with_transform(louder))
+    for got in (of.evaluate(), of.evaluate(data.with_transform(louder))):
+        for name in ("eval_loss", "eval_groups/a/loss", "eval_groups/b/count"):
+            assert got[name] == wanted[name]
+
+
+def test_sets_and_sizes_by_names_that_are_none() -> None:
+    with pytest.raises(ValueError, match=r"eval_dataset must be a set, or one of the names \['one'\], got 'two'"):
+        trainer(eval_data={"one": pairs(["a"])}).evaluate("two")
+    with pytest.raises(ValueError, match=r"one of the names \[\], got 'pairs.jsonl'"):
+        trainer(eval_data=pairs(["a"])).evaluate("pairs.jsonl")
+    for sizes, message in (
+        ({1: 1, 2: 2}, r"group_sizes must have names, which are strings \(of numbers, too\), got 1"),
+        ({"a": "2"}, r"group_sizes\['a'\] must be a whole number, got '2'"),
+        ({"a": True}, r"group_sizes\['a'\] must be a whole number, got True"),
+        ({"a": 0}, r"group_sizes\['a'\] must be finite and in \[1, inf\), got 0"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=message):
+            trainer(group_sizes=sizes)
+    for option in ("group_column", "margin_column"):
+        with pytest.raises(ValueError, match=r"must be none that TRL reads, got \['tools'\]"):
+            trainer(**{option: "tools"})
+    with pytest.raises(ValueError, match=r"no pair to evaluate: .* dataloader_drop_last=True may leave none"):
+        trainer(eval_data=pairs(["a"]), dataloader_drop_last=True).evaluate()
 
 
 def test_tensors_for_columns_change_nothing() -> None:

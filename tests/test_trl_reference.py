@@ -85,6 +85,8 @@ def test_a_reference_that_cannot_be() -> None:
         trainer(adapted, base)
     with pytest.raises(ValueError, match=r"model_init_kwargs must be left out, nothing is loaded by name"):
         trainer(model_init_kwargs={"dtype": "bfloat16"})
+    with pytest.raises(ValueError, match=r"ref_model must be a model's name or directory, got '/no/such/model': "):
+        trainer(reference="/no/such/model")
     import transformers
 
     t5 = transformers.T5Config(vocab_size=300, d_model=16, d_ff=16, d_kv=8, num_layers=1, num_heads=2)
@@ -123,6 +125,39 @@ def test_an_adapter_is_switched_off_for_the_reference(kind: str) -> None:
         got = policy_logps(of, of.model, batch)
     torch.testing.assert_close(got, logps_of_logits(of.model, batch), rtol=1e-5, atol=1e-3)
     assert (got - base).abs().max() > 0.01, "it has learned"
+
+
+def lora(model: Any = None, name: str = "default", **options: Any) -> Any:
+    base = model_of("Llama", 0, tie_word_embeddings=False) if model is None else model
+    config = peft.LoraConfig(r=2, task_type="CAUSAL_LM", target_modules=["q_proj"], **options)
+    return peft.get_peft_model(base, config, adapter_name=name)
+
+
+def test_the_adapter_that_is_trained_is_the_one_that_is_copied() -> None:
+    """TRL's reference is a copy of "default", whichever is active."""
+    two = lora(init_lora_weights=False)
+    two.add_adapter("second", two.peft_config["default"])
+    two.set_adapter("second")
+    for model, name in ((two, "second"), (lora(name="mine"), "mine")):
+        with pytest.raises(ValueError, match=rf"model must train the adapter 'default', .* got \['{name}'\]"):
+            trainer(model, None)
+    trainer(two, llama(1)).train()
+
+
+def test_a_reference_without_the_adapter_stays_where_it_is() -> None:
+    """Biases and other parameters of the base that are trained stay when the adapter is switched off."""
+    phi = model_of("Phi", 0, tie_word_embeddings=False)
+    biases = peft.LoraConfig(r=2, task_type="CAUSAL_LM", target_modules=["q_proj"], bias="all")
+    with pytest.raises(ValueError, match=r"model must train nothing but its adapter .* got \['base_model.*bias'"):
+        trainer(phi, None, peft_config=biases)
+    norm = lora()
+    norm.base_model.model.model.norm.weight.requires_grad_(True)
+    with pytest.raises(ValueError, match=r"got \['base_model.model.model.norm.weight'\] \(1 in all\)"):
+        trainer(norm, None)
+    trainer(norm, llama(1))
+    again = lora()
+    again.base_model.model.model.norm.weight.requires_grad_(True)
+    trainer(again, None, precompute_ref_log_probs=True)
 
 
 def test_an_adapter_on_the_head_is_trl_s_error() -> None:

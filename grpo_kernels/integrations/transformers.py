@@ -153,7 +153,7 @@ def _found_head(model: Any) -> Head:
     finally:
         handle.remove()
         model.train(was_training)
-    if len(seen) != 1 or not torch.equal(seen[0][0], hidden):
+    if len(seen) != 1 or seen[0][0].dtype != hidden.dtype or not torch.equal(seen[0][0], hidden):
         raise NotImplementedError(f"the head of {name} does not read its last hidden states: use the logits path")
     if not torch.equal(seen[0][1], torch.nn.functional.linear(hidden, layer.weight, layer.bias)):
         raise NotImplementedError(f"the head of {name} is more than its matrix: use the logits path")

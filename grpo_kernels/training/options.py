@@ -161,7 +161,7 @@ def _check_file_of_options(arguments: Sequence[str]) -> None:
         raise ValueError("config must be a YAML file, got nothing after --config")
     try:
         options = yaml.safe_load(Path(path).read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (OSError, yaml.YAMLError, ValueError) as error:  # no file, no YAML, no UTF-8, or a NUL in its name
         raise ValueError(f"config must be a YAML file, {path!r} is not: {' '.join(str(error).split())}") from error
     if not isinstance(options, dict) or not all(isinstance(name, str) for name in options):
         raise ValueError(f"config must hold options by name, {path!r} holds {options!r}")

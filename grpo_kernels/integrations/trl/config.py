@@ -41,6 +41,7 @@ SEAMS = (  # what is overridden or called of TRL's and Transformers' trainers
     "prediction_step",
     "training_step",
 )
+READ_BY_TRL = {"tools", "chat_template_kwargs", "image", "images", "ref_chosen_logps", "ref_rejected_logps"}
 NOT_YOURS = ("num_groups", "process_group", "gradient_reduction", "of_rule")  # of GroupWeights' options
 STEP_SIZE = 0.01  # of the group weights, where neither group_step_size nor group_options says it
 
@@ -178,6 +179,7 @@ class GroupRobustDPOConfig(DPOConfig):
 
     def __post_init__(self) -> None:
         self._check_json()
+        self._check_types()
         super().__post_init__()
         self.is_of_group_trainer = False  # GroupRobustDPOTrainer sets it; no field, so that no log or file has it
         self._check_dicts()
@@ -251,11 +253,28 @@ class GroupRobustDPOConfig(DPOConfig):
                 except (ValueError, RecursionError) as error:
                     raise ValueError(f"{name} must be a dict as JSON, got {value[:100]!r}: {error}") from None
 
+    def _check_types(self) -> None:
+        """What a file of options may hold, and TRL's own checks read without a look."""
+        for name in ("loss_type", "loss_weights"):
+            value = getattr(self, name)
+            if not isinstance(value, str | list | tuple | None):
+                raise TypeError(f"{name} must be a list, got {value!r}")
+        if not isinstance(self.group_column, str):
+            raise TypeError(f"group_column must be a column's name, got {self.group_column!r}")
+        multiple = getattr(self, "pad_to_multiple_of", None)
+        if isinstance(multiple, str) and not multiple.isdecimal() and multiple.lower() not in ("auto", "none", "null"):
+            raise ValueError(f"pad_to_multiple_of must be a whole number, auto or none, got {multiple!r}")
+
     def _check_dicts(self) -> None:
         for name in DICTS:
             value = getattr(self, name, None)  # older versions have fewer
             if not isinstance(value, dict | None):
                 raise TypeError(f"{name} must be a dict, or one as JSON, got {value!r}")
+        sizes: Any = self.group_sizes or {}
+        for name, size in sizes.items():
+            if not isinstance(name, str):
+                raise TypeError(f"group_sizes must have names, which are strings (of numbers, too), got {name!r}")
+            validation.check_whole_number(f"group_sizes[{name!r}]", size, 1)
 
     def _check_step_size(self) -> None:
         if isinstance(self.group_step_size, str) and self.group_step_size != "auto":  # of a command line
@@ -311,6 +330,9 @@ class GroupRobustDPOConfig(DPOConfig):
             if name not in known or name in NOT_YOURS:
                 raise ValueError(f"group_options must hold options of GroupWeights that are left to you, got {name!r}")
         columns = [self.group_column, *self.pair_columns.values()]
+        of_trl = sorted(READ_BY_TRL & set(columns))
+        if of_trl:
+            raise ValueError(f"group_column and the columns of numbers must be none that TRL reads, got {of_trl}")
         if len(set(columns)) < len(columns):
             raise ValueError(f"{['group_column', *PAIR_OPTIONS.values()]} must be columns apart, got {columns}")
 

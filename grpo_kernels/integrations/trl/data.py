@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import unicodedata
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
@@ -92,11 +93,17 @@ def unformatted(dataset: Any, which: str) -> Any:
         raise TypeError(f"{which} must be a Dataset or an IterableDataset, got {type(dataset).__name__}")
     formatting = getattr(dataset, "_formatting", None)  # of a streamed one
     kind = dataset.format["type"] if isinstance(dataset, Dataset) else getattr(formatting, "format_type", None)
-    if kind is not None and kind != "custom":  # a transform of the user's makes the columns
+    if kind == "custom":  # a transform of the user's: once, of whole rows, since it may read and make any columns
+        dataset = dataset.map(_as_it_is)
+    if kind is not None:
         dataset = dataset.with_format(None)
     if next(iter(dataset), None) is None:
         raise ValueError(f"{which} must have at least one pair, it is empty")
     return dataset
+
+
+def _as_it_is(pair: dict[str, Any]) -> dict[str, Any]:
+    return pair
 
 
 def check_columns(dataset: Any, wanted: dict[str, str], which: str) -> None:
@@ -149,13 +156,16 @@ def _name(value: Any, feature: Any, where: str) -> str:
 
 
 def warn_of_near_equal(names: Iterable[str]) -> None:
-    """Names that differ in nothing but spaces and case are groups apart, and seldom meant to be."""
+    """Names that look alike, but for spaces and case, are groups apart, and seldom meant to be."""
     alike: dict[str, list[str]] = defaultdict(list)
     for name in names:
-        alike[" ".join(name.split()).casefold()].append(name)
+        seen = "".join(c for c in unicodedata.normalize("NFKC", name) if unicodedata.category(c) != "Cf")
+        alike[" ".join(seen.split()).casefold()].append(name)
     pairs = [near for near in alike.values() if len(near) > 1]
     if pairs:
-        warnings.warn(f"groups whose names differ in spaces or case only are groups apart: {pairs}", stacklevel=2)
+        warnings.warn(
+            f"groups whose names differ in spaces, case or invisible signs only are groups apart: {pairs}", stacklevel=2
+        )
 
 
 def warn_of_other_sizes(given: dict[str, int], counted: dict[str, int]) -> None:

@@ -36,12 +36,53 @@ def check_reference_is_known(model: Any, ref_model: Any, args: GroupRobustDPOCon
         raise ValueError(f"model_init_kwargs must be left out, nothing is loaded by name, got {args.model_init_kwargs}")
 
 
+def check_adapters(model: Any) -> None:
+    """Of a PEFT model without a ``ref_model``: TRL copies its adapter "default" to "ref", whichever is active.
+
+    Raises:
+        ValueError: another adapter is trained than the one that is copied.
+    """
+    active = list(model.active_adapters)
+    if active != ["default"]:
+        raise ValueError(
+            f"model must train the adapter 'default', which TRL copies for the reference, got {active} of "
+            f"{sorted(model.peft_config)}: load it under that name, or give ref_model"
+        )
+
+
+def check_base_is_frozen(model: Any) -> None:
+    """Of a PEFT model that is its own reference at each step.
+
+    Raises:
+        ValueError: parameters outside the adapter are trained, as with LoRA's bias="all": the reference would move.
+    """
+    prefix = getattr(model.base_model, "prefix", None)
+    of_adapter = [f".{name}." for name in model.peft_config] + ([prefix] if prefix else [])
+    moving = [
+        name
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad and not any(part in f"{name}." for part in of_adapter)
+    ]
+    if moving:
+        raise ValueError(
+            f"model must train nothing but its adapter where it is the reference without it, got {moving[:3]} "
+            f"({len(moving)} in all): give ref_model, or take precompute_ref_log_probs=True"
+        )
+
+
 def model_called(name: str, policy: Any, args: GroupRobustDPOConfig) -> Any:
-    """A reference by name, loaded as TRL loads the policy."""
+    """A reference by name, loaded as TRL loads the policy.
+
+    Raises:
+        ValueError: there is no such model.
+    """
     given: Any = args.model_init_kwargs or {}
     dtype = "float32" if isinstance(policy, str) else policy.dtype
     options = {"dtype": dtype, "trust_remote_code": args.trust_remote_code, "device_map": None, **given}
-    return create_model_from_path(name, **options)
+    try:
+        return create_model_from_path(name, **options)
+    except (OSError, ValueError) as error:  # Transformers'
+        raise ValueError(f"ref_model must be a model's name or directory, got {name!r}: {error}") from error
 
 
 def check_reference(policy: Any, reference: Any, tokenizer: Any) -> None:

@@ -79,6 +79,8 @@ class GroupRobustDPOTrainer(DPOTrainer):
         if not isinstance(model, str):
             hf.check_causal(models.causal_model(model))
             models.check_reference_is_known(model, ref_model, args, kwargs.get("peft_config"))
+            if is_peft_model(model) and ref_model is None:
+                models.check_adapters(model)
         if isinstance(ref_model, str):
             ref_model = models.model_called(ref_model, model, args)
         self.group_column = GroupColumn(args.group_column)
@@ -145,6 +147,9 @@ class GroupRobustDPOTrainer(DPOTrainer):
         self._signature_columns += [name for name in columns if name not in self._signature_columns]
 
     def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
+        sets = self.eval_dataset if isinstance(self.eval_dataset, dict) else {}
+        if isinstance(eval_dataset, str) and eval_dataset not in sets:
+            raise ValueError(f"eval_dataset must be a set, or one of the names {sorted(sets)}, got {eval_dataset!r}")
         eval_dataset = of_data.each(eval_dataset, "eval_dataset", self._with_groups)
         return super().evaluate(eval_dataset, *args, **kwargs)
 
@@ -340,7 +345,10 @@ class GroupRobustDPOTrainer(DPOTrainer):
         objective = (weights.loss_weights() * weights.group_losses(losses, counts)).sum()
         reading = totals.read(weights.alpha, self.accelerator.reduce, self.group_names)
         if not reading.total("count"):
-            raise ValueError(f"the data set has no pair to evaluate, max_length={self.args.max_length} may leave none")
+            raise ValueError(
+                f"the data set has no pair to evaluate: max_length={self.args.max_length} and "
+                f"dataloader_drop_last={self.args.dataloader_drop_last} may leave none"
+            )
         num_tokens = self._num_tokens + self._unlogged_tokens()  # training has gone on since its last log
         metrics = reading.metrics(standard_errors=True)
         metrics["loss"] = reading.total("loss") / reading.total("count")  # Trainer's counts what fills up ranks, too
@@ -361,6 +369,8 @@ class GroupRobustDPOTrainer(DPOTrainer):
                     f"of its experts, got {self.args.router_aux_loss_coef}"
                 )
             self.aux_loss_enabled = False  # as where the model is trained by itself
+        if self.ref_model is None and is_peft_model(self.model) and not self.args.precompute_ref_log_probs:
+            models.check_base_is_frozen(self.accelerator.unwrap_model(self.model))
         if self.ref_model is not None:
             reference = models.causal_model(self.accelerator.unwrap_model(self.ref_model))
             models.check_reference(policy, reference, self._tokenizer)
