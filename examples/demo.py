@@ -33,9 +33,10 @@ OPTIONS = [
 ]
 MEANING = """
 What this is to show: a real model and real votes through all three arms, with groups, checkpoints and a table. It is no
-evidence that one arm is better: after 8 steps their losses lie within a standard error of each other, and with 48 held-out
-pairs of the minority an accuracy has a standard error of about .07. ARGS="--max_steps 30" gives the arms time to part; of
-what then separates plain DPO from the others expect most from importance sampling (IS: both groups count alike)."""
+evidence that one arm is better: after 8 steps their losses lie within a standard error of each other, and with 48
+held-out pairs of the minority an accuracy has a standard error of about .07. ARGS="--max_steps 30" gives the arms time
+to part; expect most of what then separates plain DPO from the others from importance sampling (IS: both groups count
+alike)."""
 
 
 def demo_model() -> str:
