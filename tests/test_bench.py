@@ -126,7 +126,9 @@ def test_each_case_is_compiled_however_many_came_before() -> None:
         compiled.append(graph)
         return graph.forward
 
-    build = lambda case: torch.compile(bench_linear.eager, backend=backend, dynamic=False)  # noqa: E731
+    def build(case: LinearCase) -> bench_suite.Operation:
+        return torch.compile(bench_linear.eager, backend=backend, dynamic=False)
+
     suite = replace(LINEAR, contenders=(replace(contender(LINEAR, "torch.compile"), build=build),))
     for length in (16, 8):  # not over 16: the gate's shapes are the case's
         before = len(compiled)

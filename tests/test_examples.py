@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import os
 import re
 import runpy
@@ -15,6 +16,8 @@ from pathlib import Path
 import pytest
 import torch
 from once import once
+
+import grpo_kernels as gk
 
 ROOT = Path(__file__).parent.parent
 RUN_ON = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node")
@@ -101,10 +104,20 @@ def test_as_the_readme_starts_it() -> None:
     assert lines[-1][1] < 0.9 * lines[0][1], "it learns"
 
 
-def test_pure_torch(printed_by: Callable[..., str]) -> None:
+def test_pure_torch(printed_by: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
+    common = importlib.import_module("common")
+    show, pair_losses = common.show, []
+
+    def shown(step: int, out: gk.GroupRobustOutput) -> None:
+        pair_losses.append(out.pair_losses.mean().item())
+        show(step, out)
+
+    monkeypatch.setattr(common, "show", shown)
     lines = numbers(printed_by("plain.py"))
     assert [line[0] for line in lines] == [5, 10, 15, 20]
-    assert lines[-1][1] < 0.9 * lines[0][1], "it learns"
+    assert lines[-1][1] < 0.9 * lines[0][1]
+    assert pair_losses[0] == pytest.approx(math.log(2), rel=1e-6), "the model is its own reference yet"
+    assert sum(pair_losses[10:]) / 10 < 0.97 * math.log(2), "it learns: without a step each is log 2"
 
 
 def test_accelerate(on_ranks: Callable) -> None:

@@ -136,10 +136,9 @@ def _curves(picture: Path, series: list, x_of: Any, y_of: Any, labels: tuple[str
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside right center", fontsize=8, frameon=False)
     found, record = series[0]
-    sizes = []
-    for letter, name in (("D", "hidden_size"), ("V", "vocab_size")):
-        values = {one["case"].get(name) for _, one in series}
-        sizes += [f"{letter} {record['case'][name]}"] if len(values) == 1 and None not in values else []
+    names = {"D": "hidden_size", "V": "vocab_size"}
+    values = {letter: {one["case"].get(name) for _, one in series} for letter, name in names.items()}
+    sizes = [f"{letter} {value}" for letter, (value, *others) in values.items() if value and not others]
     dates = sorted({found["date"] for found, _ in series})
     commits = ", ".join(sorted({str(found["commit"]) for found, _ in series}))
     axes.set_title(
