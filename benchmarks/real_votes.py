@@ -2,27 +2,50 @@
 
     python benchmarks/real_votes.py --out runs/votes --data ubi=ubi.train.jsonl.gz,ubi.test.jsonl.gz [topics=...]
 
-Each data set and seed is a run of `train --compare` and, for every further step size, one of its robust arm alone, from
-the same model on the same batches. A run is saved as it ends, and the same command again goes on where it was stopped.
-What there is by then is in summary.json; at the end a table has mean ± standard error over seeds, also of differences
-seed by seed. Scores are of the last step: the best one was chosen on the same pairs.
+Each data set and seed is a run of `train --compare` and, for every further step size, one of its robust arm alone,
+from the same model on the same batches. A seed draws the pairs that its steps take; at most 40 pairs of a group are
+evaluated. LoRA is in the upper third of the layers, the frozen weights are bfloat16. A run is saved as it ends, and
+the same command again goes on where it was stopped. What there is by then is in summary.json; at the end a table has
+mean ± standard error over seeds, also of differences seed by seed. Scores are of the last step: the best one was
+chosen on the same pairs.
 """
 
 import argparse
+import collections
+import gzip
 import json
 import math
+import random
 import statistics
 import subprocess
 import sys
 from pathlib import Path
 
 MODEL = Path.home() / ".cache" / "grpo_kernels" / "SmolLM2-135M-Instruct"  # `make demo` puts it there
+BATCH, EVALUATED = 8, 40  # pairs of a step; of a group in the evaluation
+UPPER = r".*layers\.2\d\.self_attn\.[qv]_proj"  # layers 20 to 29 of 30: no gradient is computed below them
 OPTIONS = [
-    *("--max_length", "192", "--per_device_train_batch_size", "8", "--per_device_eval_batch_size", "24"),
-    *("--use_peft", "--lora_r", "16", "--lora_target_modules", "q_proj", "v_proj", "--learning_rate", "5e-4"),
-    *("--gradient_checkpointing", "False", "--eval_steps", "0.5", "--save_steps", "0.5"),
+    *("--max_length", "192", "--per_device_train_batch_size", str(BATCH), "--per_device_eval_batch_size", "24"),
+    *("--use_peft", "--lora_r", "16", "--lora_target_modules", UPPER, "--learning_rate", "5e-4"),
+    *("--dtype", "bfloat16", "--bf16", "True", "--gradient_checkpointing", "False"),
 ]
 SCORES = ("worst_loss", "worst_accuracy")
+
+
+def draw_pairs(train: str, evaluation: str, folder: Path, seed: str, steps: int) -> tuple[str, str]:
+    """Files with the training pairs that a seed's steps take and the first pairs of each group of the evaluation."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with gzip.open(train, "rt") as file:
+        pairs = file.readlines()
+    drawn, kept, of_group = folder / "train.jsonl", folder / "eval.jsonl", collections.Counter()
+    drawn.write_text("".join(random.Random(seed).sample(pairs, min(len(pairs), BATCH * steps))))
+    with gzip.open(evaluation, "rt") as file, kept.open("w") as few:
+        for line in file:
+            group = json.loads(line)["group"]
+            of_group[group] += 1
+            if of_group[group] <= EVALUATED:
+                few.write(line)
+    return str(drawn), str(kept)
 
 
 def run(out: Path, words: list[str]) -> None:
@@ -86,11 +109,12 @@ def main() -> None:
     summary: dict[str, dict[str, dict[str, dict[str, float]]]] = {}
     for seed in map(str, options.seeds):  # every data set has a seed before one has two
         for name, files in (data.split("=", 1) for data in options.data):
-            train, evaluation = files.split(",")
             folder, by_seed = options.out / name / f"seed{seed}", summary.setdefault(name, {})
+            train, evaluation = draw_pairs(*files.split(","), folder, seed, options.steps)
             for step_size in options.step_sizes:
                 words = ["--data", train, "--eval_data", evaluation, "--model", str(options.model), "--seed", seed]
-                words += ["--max_steps", str(options.steps), "--group_step_size", str(step_size)]
+                words += ["--group_step_size", str(step_size)]
+                words += [word for what in ("max", "eval", "save") for word in (f"--{what}_steps", str(options.steps))]
                 run(folder / f"eta{step_size}", words + ["--compare"] * (step_size == options.step_sizes[0]))
                 by_seed[seed] = scores_by_arm(folder, options.step_sizes)
                 (options.out / "summary.json").write_text(json.dumps(summary, indent=2))
