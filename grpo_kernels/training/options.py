@@ -41,7 +41,7 @@ class TrainOptions:
     samples: int = _option(0, "answers of each arm to show, to that many held-out prompts")
     sample_tokens: int = _option(48, "tokens of such an answer at most")
     early_stopping_patience: int | None = _option(None, "stop after so many evaluations without a better worst group")
-    sft_steps: int = _option(150, "without --model: steps of warm-up on the chosen answers")
+    sft_steps: int = _option(120, "without --model: steps of warm-up on the chosen answers")
     sft_learning_rate: float = _option(1e-3, "of the warm-up")
     resume: bool = _option(False, "go on with the run in --out, with its own options")
 
@@ -115,9 +115,9 @@ ON_CPU = {"use_cpu": True, "bf16": False, "dataloader_pin_memory": False}
 SMALL_MODEL = {
     "per_device_train_batch_size": 32,
     "per_device_eval_batch_size": 64,
-    "max_steps": 200,
+    "max_steps": 120,
     "learning_rate": 1e-3,
-    "warmup_steps": 20,
+    "warmup_steps": 12,
     "max_length": 256,
     "gradient_checkpointing": False,
 }
