@@ -16,7 +16,8 @@ class Watch:
 
     def __init__(self) -> None:
         self._said: set[str] = set()
-        self._forwards: list[tuple[int, Any]] = []  # (pairs of the rank, total_pairs) since the last step()
+        self._totals: list[Any] = []  # total_pairs of each forward since the last step()
+        self._num_pairs = 0  # theirs, on this rank
         self._has_counted = False
         self._has_checked_total = False
         self.has_checked_graph = False  # of the first forward, for what FSDP2 does
@@ -61,29 +62,31 @@ class Watch:
         return found
 
     def saw_forward(self, num_pairs: int, total_pairs: Any) -> None:
-        self._forwards.append((num_pairs, total_pairs))
+        self._totals.append(total_pairs)
+        self._num_pairs += num_pairs
         if "total" in self._said:
             return
-        pairs = sum(of_forward for of_forward, _ in self._forwards)
         is_readable = not isinstance(total_pairs, Tensor) or total_pairs.device.type == "cpu"
-        if total_pairs is not None and is_readable and pairs > float(total_pairs):
+        if total_pairs is not None and is_readable and self._num_pairs > float(total_pairs):
             self.once(
                 "total",
-                f"{len(self._forwards)} forwards of {pairs} pairs since the last step(), more than total_pairs="
-                f"{float(total_pairs):g}: call step() beside optimizer.step(), without which alpha does not move, and "
-                "pass the number of pairs of all forwards and ranks in between, by which loss and gradient are divided",
+                f"{len(self._totals)} forwards of {self._num_pairs} pairs since the last step(), more than "
+                f"total_pairs={float(total_pairs):g}: call step() beside optimizer.step(), without which alpha does "
+                "not move, and pass the number of pairs of all forwards and ranks in between, by which loss and "
+                "gradient are divided",
             )
-        elif len(self._forwards) == UNSTEPPED:
+        elif len(self._totals) == UNSTEPPED:
             self.once(
                 "step", f"{UNSTEPPED} forwards without step(): with update='lagged' alpha does not move until then"
             )
 
     def at_step(self, counts: Tensor, estimator: str, num_ranks: int) -> None:
         """``counts`` (K,): pairs of all ranks since the last step."""
-        forwards, self._forwards = self._forwards, []
+        of_forwards, self._totals = self._totals, []
+        num_pairs, self._num_pairs = self._num_pairs, 0
         if torch.compiler.is_compiling() or counts.is_meta or is_capturing(counts):
             return
-        self._has_counted = self._has_counted or any(pairs for pairs, _ in forwards) or bool(counts.any())
+        self._has_counted = self._has_counted or num_pairs > 0 or bool(counts.any())
         if not self._has_counted:
             self.once(
                 "nothing",
@@ -93,17 +96,17 @@ class Watch:
         if not self._has_checked_empty:
             self._has_checked_empty = True
             self.num_empty()
-        totals = [total for _, total in forwards if total is not None]
-        if estimator == "importance" and len(forwards) - len(totals) > 1:
+        totals = [total for total in of_forwards if total is not None]
+        if estimator == "importance" and len(of_forwards) - len(totals) > 1:
             self.once(
                 "forgotten",
-                f"{len(forwards) - len(totals)} forwards since the last step() gave no total_pairs: each loss is a "
+                f"{len(of_forwards) - len(totals)} forwards since the last step() gave no total_pairs: each loss is a "
                 "mean over its own batch, and their sum as many times the step's. Pass total_pairs=<pairs of the whole "
                 "step>, over all forwards and ranks",
             )
         if totals and (counts.device.type == "cpu" or not self._has_checked_total):
             self._has_checked_total = True
-            counted = round(float(counts.sum())) if num_ranks > 1 else sum(pairs for pairs, _ in forwards)
+            counted = round(float(counts.sum())) if num_ranks > 1 else num_pairs
             wrong = [total for total in totals if float(total) != counted]
             if wrong:
                 self.once(
