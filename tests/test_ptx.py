@@ -260,6 +260,7 @@ def _fused(compiler: str, options: dict[str, Any], plant: tuple | None = None) -
     [
         {"dtype": torch.bfloat16, "vocab": 2501, "splits": 3},
         {"dtype": torch.bfloat16, "vocab": 2504, "inplace": True},
+        {"dtype": torch.bfloat16, "vocab": 127, "inplace": True},  # fewer vectors than threads
         {"dtype": torch.float32, "vocab": 1285, "stride": 1301, "inplace": True},
         {"dtype": torch.float64, "vocab": 133, "splits": 2},
     ],

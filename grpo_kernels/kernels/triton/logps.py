@@ -346,7 +346,8 @@ def _logps_bwd_kernel(
     else:
         o_ptr = out_ptr + out_start + head.to(tl.int64) * out_stride_v
     if EDGES:
-        edge, is_edge = _edge_columns(head, vectors, V, LANE, WIDTH)
+        # One a thread: in place, a second thread would read an edge that the first may have written.
+        edge, is_edge = _edge_columns(head, vectors, V, LANE, THREADS)
         is_edge = is_edge & (tile == 0)
         edge_out = o_ptr + _element(edge, out_stride_v, not ALIKE)
     # From here on columns, and vectors, count from the tile's first.
