@@ -116,6 +116,7 @@ plots: $(READY)
 # On a machine with an NVIDIA GPU, with the interpreter that has its torch and triton: installs nothing but WHEELS, and
 # those in a folder of its own. PART is A, the kernels, or B, tests and peers: 270 and 300 seconds.
 gpu-check:
+	$(if $(PART),,$(error PART=A, the kernels in 270 s, or PART=B, tests and peers in 300 s))
 	$(PYTHON) benchmarks/gpu_check.py --part $(PART) $(if $(OUT),--out $(OUT)) $(if $(STAGES),--stages $(STAGES)) \
 	  $(if $(COMMIT),--commit $(COMMIT))
 

@@ -189,6 +189,9 @@ def test_make_passes_its_variables_on() -> None:
     variables = shlex.split("PART=B OUT=o STAGES=facts COMMIT=abc PYTHON=python VENV=")
     words = shlex.split(make_would("gpu-check", *variables).replace("\\\n", " "))
     assert words == shlex.split("python benchmarks/gpu_check.py --part B --out o --stages facts --commit abc")
+    with pytest.raises(subprocess.CalledProcessError) as refused:
+        make_would("gpu-check", "PYTHON=python", "VENV=")
+    assert "PART=A, the kernels in 270 s, or PART=B" in refused.value.stderr
 
 
 # -- the stages, on a fake GPU -----------------------------------------------------------------------------------------

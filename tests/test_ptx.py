@@ -263,6 +263,8 @@ def _fused(compiler: str, options: dict[str, Any], plant: tuple | None = None) -
         {"dtype": torch.bfloat16, "vocab": 127, "inplace": True},  # fewer vectors than threads
         {"dtype": torch.float32, "vocab": 1285, "stride": 1301, "inplace": True},
         {"dtype": torch.float64, "vocab": 133, "splits": 2},
+        {"dtype": torch.bfloat16, "vocab": 777, "splits": 2, "far": "rows", "inplace": True},
+        {"dtype": torch.float16, "vocab": 9, "far": "columns", "inplace": True},
     ],
     ids=lambda options: "-".join(str(value) for value in options.values()),
 )

@@ -64,17 +64,24 @@ class Tokens:
     vocab: int = 300
     splits: int = 1
     stride: int | None = None  # of rows, in elements
+    far: str | None = None  # "rows" or "columns" that are so far apart that the last is beyond 2**32 elements
     inplace: bool = False
     seed: int = 0
 
     def logits(self) -> tuple[Tensor, Tensor]:
         generator = torch.Generator().manual_seed(self.seed)
         num_rows, stride = 4, self.stride or self.vocab
+        labels = torch.tensor([self.vocab - 1, IGNORED, 0, self.vocab // 2])
+        if self.far is not None:
+            apart = 2**32 // ((num_rows if self.far == "rows" else self.vocab) - 1) + 3
+            strides = (apart, 1) if self.far == "rows" else (1, apart)
+            logits = torch.empty(2**32 + 2**12, dtype=self.dtype).as_strided((num_rows, self.vocab), strides)
+            return logits.copy_(3 * torch.randn(num_rows, self.vocab, generator=generator)), labels
         # Nobody may touch what lies before, between and behind the rows.
         flat = torch.full((num_rows * stride + 16,), torch.nan, dtype=self.dtype)
         logits = flat.as_strided((num_rows, self.vocab), (stride, 1))
         logits.copy_(3 * torch.randn(num_rows, self.vocab, generator=generator))
-        return logits, torch.tensor([self.vocab - 1, IGNORED, 0, self.vocab // 2])
+        return logits, labels
 
 
 def run_tokens(compiler: str, case: Tokens, mutate: Mutate | None = None) -> None:
@@ -88,15 +95,18 @@ def run_tokens(compiler: str, case: Tokens, mutate: Mutate | None = None) -> Non
     exact, slopes = truth.token_terms(logits, labels)
     upstream = torch.linspace(-1, 2, labels.numel())
     with on(device):
-        device.memory.add(logits, "logits")
-        device.memory.guard(logits)
+        if case.far is None:
+            device.memory.add(logits, "logits")
+            device.memory.guard(logits)
+        else:
+            device.memory.add_pieces(logits, "logits")
         token_logps, lse = device.call(backend.token_logps_forward, logits, labels, IGNORED, splits=case.splits)
         before = logits.clone()
         out = logits if case.inplace else torch.empty_strided(logits.shape, logits.stride(), dtype=case.dtype)
         device.memory.add(out, "out", initialised=False)
         upstream = upstream.to(lse.dtype)
         device.call(backend.token_logps_backward, upstream, logits, labels, lse, IGNORED, out)
-    for one in (token_logps, lse, out):
+    for one in (token_logps, lse) if case.inplace else (token_logps, lse, out):
         assert device.memory.is_written(one)
     plain = before.to(lse.dtype).log_softmax(-1)
     picked = torch.where(labels == IGNORED, 0, plain.gather(-1, labels.clamp(min=0)[:, None])[:, 0])

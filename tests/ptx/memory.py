@@ -208,6 +208,19 @@ class Memory:
         grains = np.full(len(data) // tensor.itemsize, initialised)
         return self.put(Allocation(name, storage.data_ptr(), data, tensor.itemsize, grains, keep=storage))
 
+    def add_pieces(self, tensor: Tensor, name: str) -> None:
+        """The elements of a tensor that begins its storage, neighbours together: all else is out of bounds.
+
+        For storages larger than the machine's memory, of which little is touched.
+        """
+        data = torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage()).numpy()
+        elements = np.unique(self._elements(tensor))
+        for piece in np.split(elements, np.flatnonzero(np.diff(elements) > 1) + 1):
+            begin, end = (int(x) * tensor.itemsize for x in (piece[0], piece[-1] + 1))
+            initialised = np.ones(len(piece), bool)
+            whole = f"{name} from element {piece[0]} on"
+            self.put(Allocation(whole, tensor.data_ptr() + begin, data[begin:end], tensor.itemsize, initialised))
+
     def put(self, allocation: Allocation) -> Allocation:
         self._allocations.append(allocation)
         self._allocations.sort(key=lambda one: one.base)
@@ -219,9 +232,13 @@ class Memory:
         allocation = self._at(tensor.untyped_storage().data_ptr())
         if allocation is None:
             raise KeyError("a tensor that was never added")
+        return allocation, self._elements(tensor)
+
+    @staticmethod
+    def _elements(tensor: Tensor) -> np.ndarray:
+        """Places in its storage, counted in elements."""
         steps = [np.arange(size) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)]
-        grains = np.array(tensor.storage_offset()) + (sum(np.ix_(*steps)) if steps else 0)
-        return allocation, grains
+        return np.array(tensor.storage_offset()) + (sum(np.ix_(*steps)) if steps else 0)
 
     def guard(self, tensor: Tensor) -> None:
         """From now on only this view of its storage may be accessed."""
