@@ -178,10 +178,7 @@ def test_the_state_goes_on_and_older_ones_say_what_they_lack() -> None:
     ):
         second.load_state_dict(fixed.state_dict())
     assert second.hedge_gap_sum == 0
-    with (
-        pytest.warns(RuntimeWarning, match="step_size=auto, here 0.5"),
-        pytest.raises(RuntimeError, match="hedge_gains"),
-    ):
+    with pytest.warns(RuntimeWarning, match="step_size=auto, here 0.5.*left out .*: hedge_gains, hedge_gap_sum"):
         fixed.load_state_dict(whole.state_dict())
     assert whole.bfloat16().hedge_gains.dtype == torch.float64
 

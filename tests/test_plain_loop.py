@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -276,10 +277,48 @@ def test_a_checkpoint_made_with_other_options_says_which(saved: dict, loaded: di
         weights_with(**loaded).load_state_dict(rounded)
 
 
-def test_running_means_that_nobody_asks_for_are_an_error() -> None:
-    first = weights_with(loss_ema=0.5)
-    with pytest.warns(RuntimeWarning, match="loss_ema=0.5, here 0"), pytest.raises(RuntimeError, match="ema_losses"):
-        weights_with().load_state_dict(first.state_dict())
+@pytest.mark.parametrize(
+    ("options", "said", "left_out"),
+    [
+        ({"loss_ema": 0.5}, "loss_ema=0.5, here 0", "ema_losses, ema_weights"),
+        ({"step_size": "auto"}, "step_size=auto, here 0.1", "hedge_gains, hedge_gap_sum"),
+        ({"baseline": [0.1, 0.2]}, "baseline=given, here none", "baseline"),
+        ({"baseline": "running"}, "baseline=running, here none", "baseline, baseline_sums, baseline_weights"),
+        ({"inner_tilt": 0.5, "update": "lagged"}, "inner_tilt=0.5, here 0", "tilted_means, pending_log_tilts"),
+    ],
+)
+def test_what_an_option_has_gathered_is_left_out_where_it_is_off(
+    options: dict[str, Any], said: str, left_out: str
+) -> None:
+    """And begins anew where it is on: in both directions one warning says which options alpha goes on with."""
+    plain, with_option = weights_with(), weights_with(**options)
+    for weights in (plain, with_option):
+        weights.update(torch.tensor([3.0, 1.0]), torch.tensor([2, 1]))
+    state = with_option.state_dict()
+    with pytest.warns(RuntimeWarning, match=said) as seen:
+        plain.load_state_dict(state)
+    assert len(seen) == 1
+    assert str(seen[0].message).endswith(f"left out of the checkpoint, as no option here uses them: {left_out}")
+    assert torch.equal(plain.alpha, with_option.alpha)
+    assert not set(left_out.split(", ")) - set(state), "the user's dict stays whole"
+    with pytest.warns(RuntimeWarning, match="moved with other options") as seen:
+        with_option.load_state_dict(plain.state_dict())
+    assert len(seen) == 1
+    begun = weights_with(**options).state_dict()
+    for name in left_out.split(", "):
+        torch.testing.assert_close(with_option.state_dict()[name], begun[name], rtol=0, atol=0, equal_nan=True)
+
+
+def test_group_sizes_are_an_option_that_not_every_estimator_needs() -> None:
+    sized, unsized = weights_with(), gk.GroupWeights(2, step_size=0.1, estimator="group_mean")
+    for first, second in ((sized, unsized), (unsized, sized)):
+        first.update(torch.tensor([3.0, 1.0]), torch.tensor([2, 1]))
+        sizes = second.group_sizes
+        with pytest.warns(RuntimeWarning, match="estimator=") as seen:
+            second.load_state_dict(first.state_dict())
+        assert len(seen) == 1
+        assert torch.equal(second.alpha, first.alpha)
+        assert second.group_sizes is sizes
 
 
 def test_a_checkpoint_without_alpha_says_so() -> None:

@@ -54,14 +54,23 @@ def baseline_of(weights: GroupWeights) -> str:
 
 
 def before_loading(weights: GroupWeights, state_dict: dict[str, Any], prefix: str, error_msgs: list[str]) -> None:
-    """Refuse the alpha of other groups, and say what a checkpoint lacks or had otherwise. Fills in what it lacks."""
+    """Refuse the alpha of other groups, and say what a checkpoint lacks or had otherwise. Fills in what it lacks, and
+    leaves out what other options have gathered."""
     mine, theirs = weights.group_sizes, state_dict.get(f"{prefix}group_sizes")
     if mine is not None and theirs is not None and mine.tolist() != theirs.tolist():
         error_msgs.append(f"group_sizes of the checkpoint {theirs.tolist()} are not this module's {mine.tolist()}")
         return
-    if f"{prefix}log_alpha" not in state_dict:
+    log_alpha = state_dict.get(f"{prefix}log_alpha")
+    if log_alpha is None:
         _say(f"the checkpoint holds no alpha ({prefix}log_alpha): the weights of the groups stay as they are")
         return
+    if log_alpha.numel() != weights.num_groups:
+        error_msgs.append(f"log_alpha of the checkpoint is of {log_alpha.numel()} groups, not {weights.num_groups}")
+        return
+    if mine is None:  # an option, which not every estimator needs
+        state_dict.pop(f"{prefix}group_sizes", None)
+    elif theirs is None:
+        state_dict[f"{prefix}group_sizes"] = mine
     saved = state_dict.get(f"{prefix}settings")
     differences = [] if saved is None else _differences(weights, saved)
     news = []
@@ -88,6 +97,12 @@ def before_loading(weights: GroupWeights, state_dict: dict[str, Any], prefix: st
         if lacking:
             news.append(f"the checkpoint has no {', '.join(lacking)}: what {option} has gathered begins anew")
             state_dict.update({f"{prefix}{name}": initial[name] for name in names})
+    of_options = dict.fromkeys(name for names in _OF_OPTIONS.values() for name in names)
+    idle = [name for name in of_options if name not in weights._buffers and f"{prefix}{name}" in state_dict]
+    if idle:
+        news.append(f"left out of the checkpoint, as no option here uses them: {', '.join(idle)}")
+        for name in idle:
+            del state_dict[f"{prefix}{name}"]
     if news:
         _say("; ".join(news))
 
