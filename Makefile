@@ -14,7 +14,7 @@ READY := $(VENV)/.ready
 DOCS_READY := $(VENV)/.docs-ready
 endif
 
-.PHONY: train demo test test-cpus test-trl test-models test-frameworks lint docs dist bench plots sanitize ptx gpu-check clean
+.PHONY: train demo test test-cpus test-trl test-models test-frameworks lint docs dist bench plots figures sanitize ptx gpu-check clean
 
 train: $(READY)
 	$(PY) -m grpo_kernels train --compare $(ARGS)
@@ -112,6 +112,17 @@ plots: $(READY)
 	cp $(RESULTS)/cpu/linear_8x512x512x32000_float32_ignored50_reference.png docs/images/bench_linear.png
 	cp $(RESULTS)/growth/*_growth_*.png $(RESULTS)/growth/*_roofline.png docs/images
 	$(PY) benchmarks/tables.py
+
+# Every picture of README and docs: besides those, what a run and the paper's experiment show, run anew (minutes).
+FIGURES := build/figures
+
+figures: plots
+	rm -rf $(FIGURES)
+	$(PY) -m grpo_kernels train --compare --out $(FIGURES)/train
+	$(PY) -m grpo_kernels reproduce --out $(FIGURES)/reproduce
+	cp $(FIGURES)/train/training.png docs/images/embedded_task.png
+	for picture in curves methods chi gap; do \
+	  cp $(FIGURES)/reproduce/$$picture.png docs/images/reproduce_$$picture.png || exit; done
 
 # On a machine with an NVIDIA GPU, with the interpreter that has its torch and triton: installs nothing but WHEELS, and
 # those in a folder of its own. PART is A, the kernels, or B, tests and peers: 270 and 300 seconds.
