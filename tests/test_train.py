@@ -187,6 +187,21 @@ def test_messages_go_through_the_chat_template(tmp_path: Path, model: str, capsy
     assert "messages need a chat template" in capsys.readouterr().err
 
 
+def test_pairs_that_max_length_leaves_out_are_said_and_not_counted(tmp_path: Path, model: str) -> None:
+    rows = [*ROWS, {**ROWS[0], "prompt": "long " * 50}, {**ROWS[1], "prompt": ""}]
+    data, out = written(tmp_path / "pairs.jsonl", rows), tmp_path / "out"
+    words = command("--data", data, "--eval_data", data, "--model", model, "--max_steps", 1, "--out", out)
+    with pytest.warns(UserWarning, match="fills max_length") as seen:
+        assert main(words) == 0
+    said = [str(warning.message) for warning in seen]
+    for which in ("train", "eval"):
+        assert any(s.startswith(f"{which} data: 1 of 26 pairs have a prompt that fills max_length=64") for s in said)
+        assert any(s.startswith(f"{which} data: 1 of 26 pairs begin with their answer's tokens") for s in said)
+    results = json.loads((out / "results.json").read_text())
+    assert results["groups"] == results["eval_pairs"] == {"a": 17, "b": 8}
+    assert json.loads((out / "run.json").read_text())["groups"] == {"a": 17, "b": 9}, "what the file has"
+
+
 def test_lora_saves_adapters_that_began_alike(
     tmp_path: Path, data: str, model: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -364,17 +379,37 @@ def test_resume_refuses_what_has_changed(tmp_path: Path, model: str, capsys: pyt
     assert main(words) == 0
     assert json.loads((out / "results.json").read_text())["beta"] == 0.2
 
-    def refusal() -> str:
+    def refusal(*words: str) -> str:
         capsys.readouterr()
-        assert main(["train", "--resume", "--out", str(out)]) == 2
+        assert main(["train", "--resume", "--out", str(out), *words]) == 2
         return capsys.readouterr().err
+
+    for words, said in (
+        (
+            ["--group_options", '{"floor": 0.2}'],
+            "group_options must be that of the run to resume: was {'group_sizes': ",
+        ),
+        (["--group_options", '{"floor": 0.1, "chi": 0.5}'], "'chi': 0.5"),
+        (
+            ["--group_options", '{"rule": "cvar", "level": 0.5}'],
+            "step_size must be that of the run to resume: was 0.07",
+        ),
+        (["--baseline", "running"], "'baseline': 'running'"),
+        (["--group_estimator", "group_mean"], "'estimator': 'group_mean'"),
+        (["--group_sizes", '{"a": 2, "b": 1}'], "is {'group_sizes': {'a': 2, 'b': 1}"),
+        (["--step-size", "0.5"], "step_size must be that of the run to resume: was 0.07"),
+        (["--label_smoothing", "0.1"], "loss_options must be that of the run to resume: was {'label_smoothing': 0.0"),
+        (["--max_length", "32"], "'max_length': 32"),
+    ):
+        assert said in refusal(*words), words
+    assert main(["train", "--resume", "--out", str(out), "--group_options", '{"floor": 0.1}']) == 0
 
     written(file, [{**row, "chosen": row["chosen"] + "!"} for row in ROWS])
     assert "data must be that of the run to resume: changed since" in refusal()
     written(file, [{**row, "group": "north"} for row in ROWS])
     assert "groups must be that of the run to resume: was {'a': 13, 'b': 6}, is {'north': 19}" in refusal()
     written(file, ROWS)
-    settings.write_text("beta: 0.2\n")
+    settings.write_text("beta: 0.2\ngroup_options: {floor: 0.1}\nlearning_rate: 0.1\n")
     assert "config must be that of the run to resume" in refusal()
     settings.write_text("beta: 0.2\ngroup_options: {floor: 0.1}\n")
     with (copy / "model.safetensors").open("r+b") as opened:

@@ -188,8 +188,8 @@ def test_the_split_takes_of_each_group_and_keeps_values_together() -> None:
     assert not set(train["prompt"]) & set(evaluation["prompt"])
     assert set(evaluation["group"]) == {"a", "b"}
     assert pairs.split(rows, pairs.Reading(split_by="prompt"))[1]["chosen"] == evaluation["chosen"], "the same again"
-    with pytest.raises(ValueError, match="groups that cannot be split by row: c; give --eval-data"):
-        pairs.split(datasets.Dataset.from_list([*ROWS, {**GOOD, "group": "c"}]), pairs.Reading())
+    with pytest.raises(ValueError, match=r"groups that cannot be split by row: \['c\\n'\]; give --eval-data"):
+        pairs.split(datasets.Dataset.from_list([*ROWS, {**GOOD, "group": "c\n"}]), pairs.Reading())
     with pytest.raises(ValueError, match="split_by must be a column, got 'voter'"):
         pairs.split(rows, pairs.Reading(split_by="voter"))
 
@@ -206,8 +206,6 @@ def test_text_that_the_tokenizer_takes_for_its_marks() -> None:
         check(chosen="<s>old</s> new")
     with pytest.raises(ValueError, match="row 1: rejected has the tokenizer's '<pad>' inside"):
         check(rejected="a <pad>")
-    with pytest.warns(UserWarning, match="1 prompts are empty: nothing predicts the first token"):
-        check(prompt="")
     tokenizer.bos_token = "</s>"
     tokenizer.add_bos_token = True
     if tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id:

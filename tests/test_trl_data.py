@@ -15,6 +15,7 @@ os.environ |= {"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
 pytest.importorskip("trl", reason="trl is not installed: pip install 'grpo-kernels[trl]'")
 datasets = pytest.importorskip("datasets", reason="datasets is not installed: pip install 'grpo-kernels[trl]'")
 
+import trl  # noqa: E402
 from trl_cases import model_of, pairs, rows, trainer  # noqa: E402
 
 NAN = float("nan")
@@ -149,6 +150,45 @@ def test_what_is_no_set_of_pairs(kind: str) -> None:
     if kind != "dict":
         with pytest.raises(error, match=wanted):
             trainer(max_length=20).evaluate(data)
+
+
+def test_pairs_that_teach_nothing_are_counted_and_named() -> None:
+    """Left out by max_length, as by TRL; alike within it; or with a first token that nothing predicts."""
+    long, same = "so long a prompt that nothing is left of the answers", "the same words to the end, then "
+    texts = [
+        ("p", "yes", "no"),
+        (long, "yes", "no"),
+        ("p", f"{same}yes", f"{same}no"),
+        ("", "yes", "no"),
+        ("p", "a", "b"),
+    ]
+    names = dict(zip(("prompt", "chosen", "rejected"), zip(*texts, strict=True), strict=True))
+    data = datasets.Dataset.from_dict({**names, "group": ["a", "b", "a", "b", "b"]})
+    with pytest.warns(UserWarning, match="train data: ") as seen:
+        of = trainer(data=data, max_length=20)
+    said = [str(warning.message) for warning in seen if str(warning.message).startswith("train data")]
+    assert said == [
+        "train data: 1 of 5 pairs have a prompt that fills max_length=20: they are left out ('b' 1); the first is row 1"
+        ", whose chosen answer is 'yes</s>'",
+        "train data: 1 of 5 pairs have the same tokens chosen and rejected within max_length=20: they move nothing "
+        f"('a' 1); the first is row 2, whose chosen answer is '{same}yes</s>'",
+        "train data: 1 of 5 pairs begin with their answer's tokens: nothing predicts the first one, which is not "
+        "trained ('b' 1); the first is row 3, whose chosen answer is 'yes</s>'",
+    ]
+    args = trl.DPOConfig(of.args.output_dir, max_length=20, report_to="none", bf16=False, use_cpu=True)
+    tokenizer = of.processing_class
+    models = {"model": model_of("Llama"), "ref_model": model_of("Llama", 1)}
+    theirs = trl.DPOTrainer(**models, args=args, train_dataset=data, processing_class=tokenizer)
+    assert of.train_dataset["chosen_ids"] == theirs.train_dataset["chosen_ids"]
+    assert of.group_weights.group_sizes.tolist() == [2, 2]
+    with pytest.warns(UserWarning, match=r"1 of 5 pairs begin with their answer's tokens") as seen:
+        of = trainer(data=data, max_length=20, truncation_mode="keep_end")
+    assert len(of.train_dataset) == 5
+    assert not any("left out" in str(warning.message) or "same tokens" in str(warning.message) for warning in seen)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        trainer(data=data.select([0, 4]), max_length=20)
+        trainer(data=data.select([0, 1, 2, 4]), max_length=None)
 
 
 def test_a_transform_reads_and_makes_columns_of_whole_rows() -> None:

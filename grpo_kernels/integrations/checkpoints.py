@@ -218,6 +218,6 @@ def check_unchanged(saved: dict[str, Any], now: dict[str, Any]) -> None:
         ValueError: data, model, groups, ... are not those of the run to resume; names which and how.
     """
     for name, value in now.items():
-        if saved.get(name) != value:
+        if name in saved and saved[name] != value:  # older runs have saved fewer
             shown = "changed since" if name.endswith("_sha256") else f"was {saved.get(name)}, is {value}"
             raise ValueError(f"{name.removesuffix('_sha256')} must be that of the run to resume: {shown}")

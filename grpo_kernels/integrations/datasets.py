@@ -212,7 +212,6 @@ def check_tokens(rows: Dataset, tokenizer: Any, source: str) -> None:
     """
     marks = [mark for mark in (tokenizer.eos_token, tokenizer.bos_token, tokenizer.pad_token) if mark]
     adds_bos = tokenizer.bos_token is not None and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
-    unscored = 0
     for number, row in enumerate(rows):
         if not isinstance(row.get("prompt"), str):
             return  # messages: the chat template writes the marks; an implicit prompt holds them
@@ -222,14 +221,6 @@ def check_tokens(rows: Dataset, tokenizer: Any, source: str) -> None:
                 raise ValueError(f"data {source}: row {number + 1}: {name} has the tokenizer's {inside[0]!r} inside")
         if adds_bos and row["prompt"].startswith(tokenizer.bos_token):
             raise ValueError(f"data {source}: row {number + 1}: the tokenizer adds {tokenizer.bos_token!r} itself")
-        unscored += not row["prompt"] and not adds_bos
-    if unscored:
-        warnings.warn(
-            f"data {source}: {unscored} prompts are empty: nothing predicts the first token of their answers, which is "
-            "not trained",
-            UserWarning,
-            stacklevel=2,
-        )
 
 
 def split(rows: Dataset, how: Reading) -> tuple[Dataset, Dataset]:
@@ -257,7 +248,7 @@ def split(rows: Dataset, how: Reading) -> tuple[Dataset, Dataset]:
             chosen.update(part)
     lost = sorted(str(group) for group in sizes if not held_out[group])
     if lost:
-        raise ValueError(f"groups that cannot be split by {split_by or 'row'}: {', '.join(lost)}; give --eval-data")
+        raise ValueError(f"groups that cannot be split by {split_by or 'row'}: {lost}; give --eval-data")
     train = rows.select([number for number in range(len(rows)) if number not in chosen])
     evaluation = rows.select(sorted(chosen))
     if "prompt" in rows.column_names and split_by is None:

@@ -26,11 +26,16 @@ from trl import get_peft_config, get_quantization_config
 from grpo_kernels.groups.weights import GroupWeights
 from grpo_kernels.integrations import callbacks, checkpoints
 from grpo_kernels.integrations import datasets as pairs
-from grpo_kernels.integrations.trl.data import GroupColumn
+from grpo_kernels.integrations.trl.data import PAIR_OPTIONS, GroupColumn
 from grpo_kernels.training import embedded_task, report, start
 from grpo_kernels.training.options import loss_at_zero, parse
 
 UNIFORM = {"group_step_size": 0.0, "group_options": None, "group_baseline": None, "group_estimator": "importance"}
+LOSS_OPTIONS = (  # beside beta and loss_type: others make another objective, which a resumed run must not go over to
+    *("label_smoothing", "loss_weights", "f_divergence_type", "f_alpha_divergence_coef", "discopop_tau"),
+    *("ld_alpha", "use_weighting", "alpha_follows", "average_log_prob", "max_length", "truncation_mode"),
+    *PAIR_OPTIONS.values(),
+)
 ARMS: dict[str, dict[str, Any]] = {"plain": UNIFORM, "IS": UNIFORM, "robust": {}}  # changes of the trainer's config
 
 
@@ -84,10 +89,6 @@ class Run:
         if len(self.train_rows) < 5000:  # tokenising takes no time: no bars
             datasets.disable_progress_bars()
         facts = self._facts()
-        # As the trainer will make them, so that a wrong option does not wait for the warm-up.
-        given: Any = self.config.group_sizes
-        sizes = dict(sorted((given or facts["groups"]).items()))
-        GroupWeights(group_sizes=list(sizes.values()), **self.config.group_weights_options(list(sizes)))
         self._check_or_save(facts)
         self._describe(facts)
         name = self.model.model_name_or_path or start.small_model(
@@ -115,6 +116,13 @@ class Run:
         """What results.json says of the run, and what must be the same when it is resumed."""
         config, model = self.config, self.model.model_name_or_path
         column = GroupColumn(config.group_column)
+        groups = dict(sorted(Counter(column.names_in(self.train_rows, "data")).items()))
+        # As the trainer will make them, so that a wrong option does not wait for the warm-up.
+        given: Any = config.group_sizes
+        sizes = dict(sorted((given or groups).items()))
+        of_groups = config.group_weights_options(list(sizes))
+        GroupWeights(group_sizes=list(sizes.values()), **of_groups)
+        del of_groups["update"]  # it may change with the number of processes
         per_step = config.per_device_train_batch_size * config.gradient_accumulation_steps * self.ranks.num_processes
         return {
             "model": model or "small Llama",
@@ -124,7 +132,9 @@ class Run:
             "step_size": config.group_step_size,
             "seed": config.seed,
             "loss_at_zero": loss_at_zero(config),
-            "groups": dict(sorted(Counter(column.names_in(self.train_rows, "data")).items())),
+            "loss_options": {name: getattr(config, name) for name in LOSS_OPTIONS},
+            "groups": groups,
+            "group_options": {"group_sizes": given, **of_groups},
             "pairs_per_step": per_step,
             "data_sha256": checkpoints.digest_of_rows(self.train_rows),
             "eval_data_sha256": checkpoints.digest_of_rows(self.eval_rows),
@@ -162,7 +172,11 @@ class Run:
             raise callbacks.Interrupted(self.stop.number)
         if self.is_main:
             samples, seconds = report.samples_of(trainer, self.options), round(time.perf_counter() - began, 1)
+            of_pairs = Counter(
+                trainer.train_dataset[trainer.group_column.prepared]
+            )  # max_length may have left some out
             about = {"group_names": trainer.group_names, "samples": samples, "seconds": seconds}
+            about["train_pairs"] = dict(sorted(of_pairs.items()))
             with checkpoints.whole(folder / "arm.json") as part:
                 part.write_text(json.dumps(about))
         model = folder / "model"  # the last to be written: an arm that has it is done

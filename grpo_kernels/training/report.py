@@ -28,6 +28,7 @@ def finish(out: Path, arms: list[str], facts: dict[str, Any]) -> None:
     runs = {arm: _summary(histories[arm], groups) for arm in arms}
     results = {
         **facts,
+        "groups": about[arms[0]].get("train_pairs", facts["groups"]),
         "eval_pairs": {name: scores["count"] for name, scores in runs[arms[0]]["last"]["groups"].items()},
         "runs": runs,
         "seconds": {arm: about[arm]["seconds"] for arm in arms},

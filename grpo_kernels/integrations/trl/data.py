@@ -180,6 +180,41 @@ def warn_of_other_sizes(given: dict[str, int], counted: dict[str, int]) -> None:
         )
 
 
+def within_max_length(dataset: Dataset, which: str, column: GroupColumn, config: Any) -> Dataset:
+    """A tokenised set without the pairs of whose answers ``config.max_length`` leaves nothing, as in TRL's trainer.
+
+    Warns of these, and of others that teach nothing or less than they seem to: how many, of which groups, the first.
+    """
+    longest, keeps_start, cut = config.max_length, config.truncation_mode == "keep_start", slice(None)
+    if longest is not None:
+        cut = slice(longest) if keeps_start else slice(-longest, None)
+    left_out, alike, unscored = [], [], []
+    for row, pair in enumerate(dataset.select_columns(["prompt_ids", "chosen_ids", "rejected_ids"])):
+        prompt = pair["prompt_ids"]
+        if longest is not None and keeps_start and len(prompt) >= longest:
+            left_out.append(row)
+        elif (prompt + pair["chosen_ids"])[cut] == (prompt + pair["rejected_ids"])[cut]:
+            alike.append(row)
+        elif not prompt:
+            unscored.append(row)
+    within = "" if longest is None else f" within max_length={longest}"
+    for rows, what in (
+        (left_out, f"have a prompt that fills max_length={longest}: they are left out"),
+        (alike, f"have the same tokens chosen and rejected{within}: they move nothing"),
+        (unscored, "begin with their answer's tokens: nothing predicts the first one, which is not trained"),
+    ):
+        if rows:
+            first, groups = dataset[rows[0]], Counter(dataset.select(rows)[column.prepared])
+            listed = ", ".join(f"{name!r} {count}" for name, count in sorted(groups.items()))
+            warnings.warn(
+                f"{which}: {len(rows)} of {len(dataset)} pairs {what} ({listed}); the first is row {rows[0]}, whose "
+                f"chosen answer is {str(first['chosen'])[:60]!r}",
+                stacklevel=2,
+            )
+    lost = set(left_out)
+    return dataset.select([row for row in range(len(dataset)) if row not in lost]) if lost else dataset
+
+
 def each(datasets: Any, which: str, prepare: Callable[[Any, str], Any]) -> Any:
     """``prepare`` of a data set, or of every one of a dict of them."""
     if datasets is None or isinstance(datasets, str):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import os
 import warnings
 from collections import Counter
@@ -145,6 +146,15 @@ class GroupRobustDPOTrainer(DPOTrainer):
         super()._set_signature_columns_if_needed()
         columns = [self.group_column.prepared, *self._pair_columns.values()]
         self._signature_columns += [name for name in columns if name not in self._signature_columns]
+
+    def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, dataset_name: str) -> Any:
+        """Tokenised by TRL; which pairs ``max_length`` leaves out is said here."""
+        if isinstance(dataset, IterableDataset):
+            return super()._prepare_dataset(dataset, processing_class, args, dataset_name)
+        unlimited = copy.copy(args)
+        unlimited.max_length = None
+        prepared = super()._prepare_dataset(dataset, processing_class, unlimited, dataset_name)
+        return of_data.within_max_length(prepared, f"{dataset_name} data", self.group_column, args)
 
     def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
         sets = self.eval_dataset if isinstance(self.eval_dataset, dict) else {}
