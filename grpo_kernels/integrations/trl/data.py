@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from datasets import Dataset, IterableDataset
 
@@ -185,34 +186,45 @@ def within_max_length(dataset: Dataset, which: str, column: GroupColumn, config:
 
     Warns of these, and of others that teach nothing or less than they seem to: how many, of which groups, the first.
     """
-    longest, keeps_start, cut = config.max_length, config.truncation_mode == "keep_start", slice(None)
-    if longest is not None:
-        cut = slice(longest) if keeps_start else slice(-longest, None)
-    left_out, alike, unscored = [], [], []
-    for row, pair in enumerate(dataset.select_columns(["prompt_ids", "chosen_ids", "rejected_ids"])):
-        prompt = pair["prompt_ids"]
-        if longest is not None and keeps_start and len(prompt) >= longest:
-            left_out.append(row)
-        elif (prompt + pair["chosen_ids"])[cut] == (prompt + pair["rejected_ids"])[cut]:
-            alike.append(row)
-        elif not prompt:
-            unscored.append(row)
+    longest = config.max_length
+    found = dataset.map(  # of one column, in the cache of `datasets`
+        _flaw,
+        fn_kwargs={"longest": longest, "keeps_start": config.truncation_mode == "keep_start"},
+        remove_columns=dataset.column_names,
+        num_proc=config.dataset_num_proc,
+        desc=f"Comparing the answers of {which}",
+    )
+    flaws = np.asarray(found["flaw"])
     within = "" if longest is None else f" within max_length={longest}"
-    for rows, what in (
-        (left_out, f"have a prompt that fills max_length={longest}: they are left out"),
-        (alike, f"have the same tokens chosen and rejected{within}: they move nothing"),
-        (unscored, "begin with their answer's tokens: nothing predicts the first one, which is not trained"),
+    for flaw, what in (
+        (LEFT_OUT, f"have a prompt that fills max_length={longest}: they are left out"),
+        (ALIKE, f"have the same tokens chosen and rejected{within}: they move nothing"),
+        (UNSCORED, "begin with their answer's tokens: nothing predicts the first one, which is not trained"),
     ):
-        if rows:
-            first, groups = dataset[rows[0]], Counter(dataset.select(rows)[column.prepared])
+        rows = np.flatnonzero(flaws == flaw)
+        if len(rows):
+            first, groups = dataset[int(rows[0])], Counter(dataset.select(rows)[column.prepared])
             listed = ", ".join(f"{name!r} {count}" for name, count in sorted(groups.items()))
             warnings.warn(
                 f"{which}: {len(rows)} of {len(dataset)} pairs {what} ({listed}); the first is row {rows[0]}, whose "
                 f"chosen answer is {str(first['chosen'])[:60]!r}",
                 stacklevel=2,
             )
-    lost = set(left_out)
-    return dataset.select([row for row in range(len(dataset)) if row not in lost]) if lost else dataset
+    return dataset.select(np.flatnonzero(flaws != LEFT_OUT)) if (flaws == LEFT_OUT).any() else dataset
+
+
+LEFT_OUT, ALIKE, UNSCORED = 1, 2, 3
+
+
+def _flaw(pair: dict[str, Any], longest: int | None, keeps_start: bool) -> dict[str, int]:
+    prompt, cut = pair["prompt_ids"], slice(None)
+    if longest is not None:
+        cut = slice(longest) if keeps_start else slice(-longest, None)
+    if longest is not None and keeps_start and len(prompt) >= longest:
+        return {"flaw": LEFT_OUT}
+    if (prompt + pair["chosen_ids"])[cut] == (prompt + pair["rejected_ids"])[cut]:
+        return {"flaw": ALIKE}
+    return {"flaw": 0 if prompt else UNSCORED}
 
 
 def each(datasets: Any, which: str, prepare: Callable[[Any, str], Any]) -> Any:
