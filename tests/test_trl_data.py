@@ -222,6 +222,8 @@ def test_sets_and_sizes_by_names_that_are_none() -> None:
     for option in ("group_column", "margin_column"):
         with pytest.raises(ValueError, match=r"must be none that TRL reads, got \['tools'\]"):
             trainer(**{option: "tools"})
+    with pytest.raises(TypeError, match="group_column must be a column's name, got 5"):
+        trainer(group_column=5)
     with pytest.raises(ValueError, match=r"no pair to evaluate: .* dataloader_drop_last=True may leave none"):
         trainer(eval_data=pairs(["a"]), dataloader_drop_last=True).evaluate()
 
