@@ -185,6 +185,9 @@ def within_max_length(dataset: Dataset, which: str, column: GroupColumn, config:
     """A tokenised set without the pairs of whose answers ``config.max_length`` leaves nothing, as in TRL's trainer.
 
     Warns of these, and of others that teach nothing or less than they seem to: how many, of which groups, the first.
+
+    Raises:
+        ValueError: no pair is left.
     """
     longest = config.max_length
     found = dataset.map(  # of one column, in the cache of `datasets`
@@ -195,6 +198,8 @@ def within_max_length(dataset: Dataset, which: str, column: GroupColumn, config:
         desc=f"Comparing the answers of {which}",
     )
     flaws = np.asarray(found["flaw"])
+    if (flaws == LEFT_OUT).all():
+        raise ValueError(f"max_length={longest} leaves no pair of the {which}: all prompts fill it")
     within = "" if longest is None else f" within max_length={longest}"
     for flaw, what in (
         (LEFT_OUT, f"have a prompt that fills max_length={longest}: they are left out"),
