@@ -16,6 +16,8 @@ peft = pytest.importorskip("peft", reason="peft is not installed: pip install pe
 
 from trl_cases import first_batch, llama, logps_of_logits, model_of, policy_logps, trainer  # noqa: E402
 
+from grpo_kernels.integrations.trl import models  # noqa: E402
+
 REFERENCES: dict[str, tuple[Any, Any]] = {  # policy, reference: (family, options)
     "another scale": (("Granite", {"logits_scaling": 8.0}), ("Granite", {"logits_scaling": 16.0})),
     "another softcap": (("Gemma2", {"final_logit_softcapping": 5.0}), ("Gemma2", {"final_logit_softcapping": 30.0})),
@@ -158,6 +160,17 @@ def test_a_reference_without_the_adapter_stays_where_it_is() -> None:
     again = lora()
     again.base_model.model.model.norm.weight.requires_grad_(True)
     trainer(again, None, precompute_ref_log_probs=True)
+
+
+def test_parameters_of_an_adapter_may_have_its_kind_in_their_names_alone() -> None:
+    """X-LoRA's classifier, in a stand-in: the model itself is made of adapters in files."""
+    model = torch.nn.ModuleDict({"internal_xlora_classifier": torch.nn.Linear(2, 2)})
+    model.base_model, model.peft_config = torch.nn.Module(), {"default": None}
+    model.base_model.prefix = "xlora_"
+    models.check_base_is_frozen(model)
+    model["head"] = torch.nn.Linear(2, 2)
+    with pytest.raises(ValueError, match=r"got \['head.weight', 'head.bias'\] \(2 in all\)"):
+        models.check_base_is_frozen(model)
 
 
 def test_an_adapter_on_the_head_is_trl_s_error() -> None:
