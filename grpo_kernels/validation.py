@@ -430,7 +430,7 @@ def group_sizes_tensor(group_sizes: Any, num_groups: int | None) -> Tensor:
             "Number its keys, use those numbers as group_ids, and pass list(group_sizes.values())"
         )
     try:
-        sizes = torch.as_tensor(group_sizes)
+        sizes = torch.as_tensor(group_sizes, device="cpu")
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(f"group_sizes must be a list or tensor of whole numbers, got {group_sizes!r}") from error
     if sizes.dim() != 1 or sizes.shape[0] == 0:
@@ -442,11 +442,11 @@ def group_sizes_tensor(group_sizes: Any, num_groups: int | None) -> Tensor:
     if bool((sizes < 1).any()):
         group = int((sizes < 1).nonzero()[0])
         raise ValueError(f"group_sizes must be at least 1, got {int(sizes[group])} for group {group}")
-    return sizes.to(torch.int64)
+    return sizes.to(torch.int64, copy=True)
 
 
 def groups(num_groups: Any, group_sizes: Any, needs_sizes: Sequence[str]) -> tuple[int, Tensor | None]:
-    """(K, sizes (K,) int64 or None) from either or both; ``needs_sizes`` names the options that need sizes."""
+    """(K, sizes (K,) int64 on the CPU, or None) from either or both; ``needs_sizes``: options that need sizes."""
     if num_groups is not None:
         if isinstance(num_groups, bool) or not isinstance(num_groups, int):
             raise TypeError(f"num_groups must be an int, got {type(num_groups).__name__}")

@@ -204,6 +204,28 @@ def test_device_moves_are_followed() -> None:
     weights = weights.to_empty(device="cpu")
     weights.reset_parameters()
     torch.testing.assert_close(weights.alpha, torch.full((3,), 1 / 3, dtype=torch.float64))
+    assert weights.group_sizes.tolist() == weights_with().group_sizes.tolist()
+
+
+@pytest.mark.parametrize("how", ["reset_parameters", "load_state_dict", "assign"])
+def test_built_without_memory(how: str) -> None:
+    """As FSDP2's users build models: the same as built in memory, sizes and a given baseline, too."""
+    options = {"baseline": [0.1, 0.2, 0.3], "update": "lagged"}
+    with torch.device("meta"):
+        weights = weights_with(**options)
+    assert all(buffer.is_meta for buffer in weights.buffers())
+    other = weights_with(**options)
+    if how != "reset_parameters":
+        other.accumulate(*statistics([3.0, -8.0, 1.0], [0, 1, 2]))
+        other.step()
+    if how != "assign":
+        weights.to_empty(device="cpu")
+    if how == "reset_parameters":
+        weights.reset_parameters()
+    else:
+        weights.load_state_dict(other.state_dict(), assign=how == "assign")
+    for name, value in other.state_dict().items():
+        assert torch.equal(weights.state_dict()[name], value), name
 
 
 def test_state_round_trips_to_the_bit() -> None:

@@ -38,7 +38,7 @@ def settings_of(weights: GroupWeights) -> Tensor:
 
 def made_with(weights: GroupWeights) -> dict[str, Any]:
     """What must be the same on all ranks, by the names that the user gave it: the groups and the options above."""
-    sizes, given = weights.group_sizes, weights.given_baseline
+    sizes, given = weights.given_sizes, weights.given_baseline
     own_names = {"rule_parameter": ALPHA_RULES[weights.rule].parameter, "update_mode": "update"}
     names = [*_CHOICES, *_NUMBERS, "inner_tilt"]
     return {
@@ -56,7 +56,7 @@ def baseline_of(weights: GroupWeights) -> str:
 def before_loading(weights: GroupWeights, state_dict: dict[str, Any], prefix: str, error_msgs: list[str]) -> None:
     """Refuse the alpha of other groups, and say what a checkpoint lacks or had otherwise. Fills in what it lacks, and
     leaves out what other options have gathered."""
-    mine, theirs = weights.group_sizes, state_dict.get(f"{prefix}group_sizes")
+    mine, theirs = weights.given_sizes, state_dict.get(f"{prefix}group_sizes")
     if mine is not None and theirs is not None and mine.tolist() != theirs.tolist():
         error_msgs.append(f"group_sizes of the checkpoint {theirs.tolist()} are not this module's {mine.tolist()}")
         return
@@ -70,7 +70,7 @@ def before_loading(weights: GroupWeights, state_dict: dict[str, Any], prefix: st
     if mine is None:  # an option, which not every estimator needs
         state_dict.pop(f"{prefix}group_sizes", None)
     elif theirs is None:
-        state_dict[f"{prefix}group_sizes"] = mine
+        state_dict[f"{prefix}group_sizes"] = mine.clone()
     saved = state_dict.get(f"{prefix}settings")
     differences = [] if saved is None else _differences(weights, saved)
     news = []
@@ -78,7 +78,7 @@ def before_loading(weights: GroupWeights, state_dict: dict[str, Any], prefix: st
         news.append(
             f"the checkpoint's alpha was moved with other options: {', '.join(differences)}. It goes on with these"
         )
-    state_dict[f"{prefix}settings"] = weights.settings
+    state_dict[f"{prefix}settings"] = settings_of(weights)
     state_dict.setdefault(f"{prefix}shared_updates", weights.shared_updates)
     initial = weights._initial_values()
     if weights.update_mode == "lagged":  # older ones had no shares

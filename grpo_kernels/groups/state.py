@@ -33,6 +33,7 @@ class AlphaState(nn.Module):
     chi: float
     loss_ema: float
     is_hedged: bool  # step_size="auto"
+    given_sizes: Tensor | None  # (K,) int64; as given_baseline on the CPU: `to_empty` forgets what buffers hold
     given_baseline: Tensor | None  # (K,) float64
     has_running_baseline: bool
     inner_tilt: float  # tau; 0: none
@@ -57,7 +58,7 @@ class AlphaState(nn.Module):
     pending_log_tilts: Tensor
     trail: Trail
 
-    def _make_state(self, sizes: Tensor | None, process_group: ProcessGroup | None) -> None:
+    def _make_state(self, process_group: ProcessGroup | None) -> None:
         """After the options are set."""
         self._ranks = group_sync.SharedGroup(process_group)
         self._own: statistics.OwnStatistics | None = None
@@ -65,14 +66,14 @@ class AlphaState(nn.Module):
         self._watch = Watch()
         self._has_compared_ranks = False
         self._weighed = statistics.WeighedBatches()
-        self.register_buffer("group_sizes", sizes)
+        self.register_buffer("group_sizes", None)
         for name, value in self._initial_values().items():
             self.register_buffer(name, torch.empty_like(value))
         self.reset_parameters()
         self.register_state_dict_pre_hook(AlphaState._warn_before_saving)
 
     def _initial_values(self) -> dict[str, Tensor]:
-        """Of every buffer but the sizes; those of an option are there with the option only."""
+        """Of every buffer, on the device of the moment; those of an option are there with the option only."""
         zeros = torch.zeros(self.num_groups, dtype=torch.float64)
         count = torch.zeros((), dtype=torch.int64)
         values = {
@@ -83,6 +84,8 @@ class AlphaState(nn.Module):
             "shared_updates": count,
             "settings": checkpoints.settings_of(self),
         }
+        if self.given_sizes is not None:
+            values |= {"group_sizes": self.given_sizes.to(zeros.device)}
         if self.update_mode == "lagged":
             values |= {"pending_shares": zeros}
         if self.loss_ema:
@@ -90,7 +93,7 @@ class AlphaState(nn.Module):
         if self.is_hedged:
             values |= {"hedge_gains": zeros, "hedge_gap_sum": zeros[:1]}
         if self.given_baseline is not None:
-            values |= {"baseline": self.given_baseline}
+            values |= {"baseline": self.given_baseline.to(zeros.device)}
         if self.has_running_baseline:
             values |= {"baseline": zeros + math.inf, "baseline_sums": zeros, "baseline_weights": zeros}
         if self.inner_tilt and self.update_mode == "lagged":

@@ -128,7 +128,7 @@ class GroupWeights(AlphaUpdates):
         validation.check_choice("update", update, UPDATE_MODES)
         needs = {"estimator='importance'": estimator == "importance", "prior='sizes'": prior == "sizes"}
         needs[f"adjustment={adjustment}"] = adjustment > 0
-        self.num_groups, sizes = validation.groups(
+        self.num_groups, self.given_sizes = validation.groups(
             num_groups, group_sizes, [name for name, is_true in needs.items() if is_true]
         )
         self.rule = rule
@@ -144,7 +144,7 @@ class GroupWeights(AlphaUpdates):
         self.has_running_baseline = isinstance(baseline, str)
         self.given_baseline = validation.baseline(baseline, self.num_groups)
         self.inner_tilt = validation.inner_tilt(inner_tilt)
-        self._make_state(sizes, process_group)
+        self._make_state(process_group)
 
     def find_gradient_reduction(self, model: nn.Module) -> str:
         """Ask the engine around ``model`` whether it averages or adds up the gradients of ranks, or measure it.
