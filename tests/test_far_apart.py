@@ -43,7 +43,11 @@ def test_values_and_gradients(backend: str, function: Callable, layout: str, inp
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     shape, strides, ends = LAYOUTS[layout]
     dense = (3 * torch.randn(shape)).half()
-    logits = torch.empty(APART + 42, dtype=dense.dtype).as_strided(shape, strides).copy_(dense)
+    try:
+        storage = torch.empty(APART + 42, dtype=dense.dtype)
+    except RuntimeError:
+        pytest.skip("the system lends no 8 GiB of addresses")
+    logits = storage.as_strided(shape, strides).copy_(dense)
     labels = torch.arange(dense[..., 0].numel()).reshape(shape[:-1]) % shape[-1]
     labels.view(-1)[-1] = shape[-1] - 1  # the farthest element
     cu_seqlens = None if ends is None else torch.tensor(ends)
