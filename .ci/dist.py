@@ -10,7 +10,6 @@ import os
 import shutil
 import subprocess
 import sys
-import tarfile
 import tomllib
 import venv
 from pathlib import Path
@@ -39,8 +38,7 @@ def build(python: Path) -> list[Path]:
     """The wheels are built of the source package, so that it lacks nothing."""
     run(python, "-m", "build", "--sdist", "--outdir", DIST, ROOT)
     (source,) = DIST.glob("*.tar.gz")
-    with tarfile.open(source) as archive:
-        archive.extractall(WORK, filter="data")
+    shutil.unpack_archive(source, WORK)
     unpacked = WORK / source.name.removesuffix(".tar.gz")
     run(python, "-m", "build", "--wheel", "--outdir", DIST, unpacked, GRPO_KERNELS_BUILD="none")
     run(python, "-m", "build", "--wheel", "--outdir", WORK / "binary", unpacked, GRPO_KERNELS_BUILD=BUILD)
