@@ -172,9 +172,8 @@ class Run:
             raise callbacks.Interrupted(self.stop.number)
         if self.is_main:
             samples, seconds = report.samples_of(trainer, self.options), round(time.perf_counter() - began, 1)
-            of_pairs = Counter(
-                trainer.train_dataset[trainer.group_column.prepared]
-            )  # max_length may have left some out
+            # max_length may have left some out of those that the file has
+            of_pairs = Counter(trainer.train_dataset[trainer.group_column.prepared])
             about = {"group_names": trainer.group_names, "samples": samples, "seconds": seconds}
             about["train_pairs"] = dict(sorted(of_pairs.items()))
             with checkpoints.whole(folder / "arm.json") as part:

@@ -181,6 +181,21 @@ def warn_of_other_sizes(given: dict[str, int], counted: dict[str, int]) -> None:
         )
 
 
+LEFT_OUT, ALIKE, UNSCORED = 1, 2, 3  # what may be wrong with a pair's tokens; 0: nothing
+
+
+def _flaw(pair: dict[str, Any], longest: int | None, keeps_start: bool) -> dict[str, int]:
+    """A row of the one column that `within_max_length` looks at."""
+    prompt, cut = pair["prompt_ids"], slice(None)
+    if longest is not None:
+        cut = slice(longest) if keeps_start else slice(-longest, None)
+    if longest is not None and keeps_start and len(prompt) >= longest:
+        return {"flaw": LEFT_OUT}
+    if (prompt + pair["chosen_ids"])[cut] == (prompt + pair["rejected_ids"])[cut]:
+        return {"flaw": ALIKE}
+    return {"flaw": 0 if prompt else UNSCORED}
+
+
 def within_max_length(dataset: Dataset, which: str, column: GroupColumn, config: Any) -> Dataset:
     """A tokenised set without the pairs of whose answers ``config.max_length`` leaves nothing, as in TRL's trainer.
 
@@ -216,20 +231,6 @@ def within_max_length(dataset: Dataset, which: str, column: GroupColumn, config:
                 stacklevel=2,
             )
     return dataset.select(np.flatnonzero(flaws != LEFT_OUT)) if (flaws == LEFT_OUT).any() else dataset
-
-
-LEFT_OUT, ALIKE, UNSCORED = 1, 2, 3
-
-
-def _flaw(pair: dict[str, Any], longest: int | None, keeps_start: bool) -> dict[str, int]:
-    prompt, cut = pair["prompt_ids"], slice(None)
-    if longest is not None:
-        cut = slice(longest) if keeps_start else slice(-longest, None)
-    if longest is not None and keeps_start and len(prompt) >= longest:
-        return {"flaw": LEFT_OUT}
-    if (prompt + pair["chosen_ids"])[cut] == (prompt + pair["rejected_ids"])[cut]:
-        return {"flaw": ALIKE}
-    return {"flaw": 0 if prompt else UNSCORED}
 
 
 def each(datasets: Any, which: str, prepare: Callable[[Any, str], Any]) -> Any:
