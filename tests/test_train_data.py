@@ -227,7 +227,7 @@ def test_the_embedded_task() -> None:
 def test_defaults_with_and_without_a_model() -> None:
     _, small, _ = parse([])
     options, large, model = parse(["--model", "m", "--out", "o", "--beta", "0.5"])
-    assert (small.learning_rate, small.per_device_train_batch_size) == (1e-3, 32)
+    assert (small.learning_rate, small.per_device_train_batch_size) == (1e-3, 16)
     assert (large.learning_rate, large.per_device_train_batch_size) == (1e-6, 8), "TRL's"
     assert (large.output_dir, large.beta, model.model_name_or_path, options.compare) == ("o", 0.5, "m", False)
     assert large.metric_for_best_model == "groups/worst_loss"

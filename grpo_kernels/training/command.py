@@ -107,7 +107,7 @@ class Run:
     def _rows(self) -> tuple[datasets.Dataset, datasets.Dataset]:
         options, seed = self.options, self.config.seed
         if options.data is None:
-            return embedded_task.data_set(4000, seed), embedded_task.data_set(600, seed + 10_000)
+            return embedded_task.data_set(2000, seed), embedded_task.data_set(600, seed + 10_000)
         skip = options.on_bad_row == "skip"
         how = pairs.Reading(self.config.group_column, skip, options.eval_fraction, options.split_by, seed)
         return pairs.load_pairs(options.data, options.eval_data, how)

@@ -113,9 +113,11 @@ DEFAULTS = {  # where this command has a reason to differ from TRL
 }
 ON_CPU = {"use_cpu": True, "bf16": False, "dataloader_pin_memory": False}
 SMALL_MODEL = {
-    "per_device_train_batch_size": 32,
+    "per_device_train_batch_size": 16,
     "per_device_eval_batch_size": 64,
     "max_steps": 120,
+    "eval_steps": 0.2,
+    "save_steps": 0.2,
     "learning_rate": 1e-3,
     "warmup_steps": 12,
     "max_length": 256,
