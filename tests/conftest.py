@@ -13,6 +13,8 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 # Inductor's pool of compiling processes costs more to start than the few kernels here.
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+# Scalar code does for them: to learn which vector instructions work, it would compile six programs.
+os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "0")
 
 import torch
 
