@@ -169,6 +169,11 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
         assert "line 2: 'utf-8' codec" in message(tmp_path / name), name
     (tmp_path / "latin.jsonl.gz").write_bytes(gzip.compress(latin))
     assert "line 2: 'utf-8' codec" in message(tmp_path / "latin.jsonl.gz")
+    (tmp_path / "mixed").mkdir()
+    for number, names in enumerate((("prompt", "chosen"), ("prompt", "rejected"))):
+        (tmp_path / "mixed" / f"{number}.jsonl").write_text(json.dumps(dict.fromkeys(names, "text")) + "\n")
+    assert "rejected: string" in message(tmp_path / "mixed")
+    assert message(tmp_path / "mixed").endswith("because column names don't match")
     (tmp_path / "cut.jsonl.gz").write_bytes(gzip.compress(lines.encode() * 50)[:-12])
     assert "Compressed file ended before" in message(tmp_path / "cut.jsonl.gz")
     (tmp_path / "plain.csv.gz").write_text(lines)
@@ -311,12 +316,19 @@ def test_a_file_of_options(tmp_path: Path) -> None:
         (["--config", "."], "config must be a YAML file, '.' is not: [Errno 21] Is a directory"),
         (["--config", "number.yaml", "--loss_weights", "1"], "loss_type must be a list, got 3"),
         (["--pad_to_multiple_of", "8.5"], "pad_to_multiple_of must be a whole number, auto or none, got '8.5'"),
+        (["--eval_steps", "inf"], "cannot convert float infinity to integer, with the options --out "),
+        (["--accelerator_config", "none.json"], " --accelerator_config none.json"),
+        (["--accelerator_config", '{"none": 1}'], "unexpected keyword argument 'none', with the options --out "),
+        (["--config", "environment.yaml"], "`env` field should be a dict in the YAML file, with the options --out "),
         (["--config"], "config must be a YAML file, got nothing after --config"),
         (
             ["--config", "broken.yaml"],
             "config must be a YAML file, 'broken.yaml' is not: while parsing a flow",
         ),
         (["--config", "latin.yaml"], "config must be a YAML file, 'latin.yaml' is not: 'utf-8' codec can't decode"),
+        (["--config", "stamp.yaml"], "config must be a YAML file, 'stamp.yaml' is not: AttributeError("),
+        (["--config", "truth.yaml"], "config must be a YAML file, 'truth.yaml' is not: KeyError('maybe')"),
+        (["--config", "deep.yaml"], "config must be a YAML file, 'deep.yaml' is not: RecursionError("),
         (["--config", "list.yaml"], "config must hold options by name, 'list.yaml' holds ['beta']"),
         (["--config", "empty.yaml"], "config must hold options by name, 'empty.yaml' holds None"),
     ],
@@ -331,6 +343,10 @@ def test_bad_options_are_named(
         "list": b"- beta\n",
         "empty": b"",
         "number": b"loss_type: 3\n",
+        "stamp": b"seed: !!timestamp x\n",
+        "truth": b"compare: !!bool maybe\n",
+        "deep": b"[" * 500,
+        "environment": b"env: 3\n",
     }
     for name, text in files.items():
         (tmp_path / f"{name}.yaml").write_bytes(text)

@@ -54,6 +54,18 @@ def naming(path: Path) -> Iterator[None]:
 
 
 @contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """
+    Raises:
+        ValueError: ``path`` does not hold what a run has written there; names it.
+    """
+    try:
+        yield
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged: {error!r}") from error
+
+
+@contextmanager
 def whole(path: Path) -> Iterator[Path]:
     """A neighbour of ``path`` to write a file or a folder to; at the end it takes the name, so that no half is seen.
 
@@ -145,8 +157,9 @@ def whole_checkpoints(folder: Path) -> Iterator[str]:
     """The whole ones of a trainer's checkpoints, the newest first; warns of newer ones that are not."""
     for path in reversed(sort_checkpoints(str(folder))):
         manifest = Path(path, MANIFEST)
-        sizes = json.loads(manifest.read_text()) if manifest.is_file() else {MANIFEST: 0}
-        broken = [name for name, size in sizes.items() if not _has_size(Path(path, name), size)]
+        with reading(manifest):
+            sizes = json.loads(manifest.read_text()) if manifest.is_file() else {MANIFEST: 0}
+            broken = [name for name, size in sizes.items() if not _has_size(Path(path, name), size)]
         if broken:
             warnings.warn(f"{path} is not whole ({', '.join(broken)}): passed over", UserWarning, stacklevel=3)
         else:
@@ -163,13 +176,14 @@ def to_go_on_from(folder: Path) -> str | None:
 
 
 def _is_at_the_end(path: str) -> bool:
-    state = TrainerState.load_from_json(str(Path(path, "trainer_state.json")))
-    early = state.stateful_callbacks.get("EarlyStoppingCallback")
-    stopped = (
-        bool(early)
-        and early["attributes"]["early_stopping_patience_counter"] >= early["args"]["early_stopping_patience"]
-    )
-    return stopped or state.global_step >= state.max_steps
+    with reading(Path(path, "trainer_state.json")):
+        state = TrainerState.load_from_json(str(Path(path, "trainer_state.json")))
+        early = state.stateful_callbacks.get("EarlyStoppingCallback")
+        stopped = (
+            bool(early)
+            and early["attributes"]["early_stopping_patience_counter"] >= early["args"]["early_stopping_patience"]
+        )
+        return stopped or state.global_step >= state.max_steps
 
 
 def _step_of(path: str) -> int:
@@ -203,13 +217,17 @@ def stored_run(file: Path, resume: bool) -> dict[str, Any]:
     """What the run that is to be resumed has stored in its folder; {} of a new run.
 
     Raises:
-        ValueError: there is no run to resume, or one is in the way.
+        ValueError: there is no run to resume, it is damaged, or one is in the way.
     """
     if resume and not file.is_file():
         raise ValueError(f"out must hold a run to resume, {str(file.parent)!r} has no {file.name}")
     if not resume and file.exists():
         raise ValueError(f"out must not hold a run already: {str(file.parent)!r} does; --resume goes on with it")
-    return json.loads(file.read_text()) if resume else {}
+    if not resume:
+        return {}
+    with reading(file):
+        stored = json.loads(file.read_text())
+        return {**stored, "arguments": [str(word) for word in stored["arguments"]]}
 
 
 def check_unchanged(saved: dict[str, Any], now: dict[str, Any]) -> None:

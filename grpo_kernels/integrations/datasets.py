@@ -87,8 +87,8 @@ def _read(source: str) -> tuple[Dataset, Dataset | None]:
         else:
             found = datasets.load_dataset(source)
     except Exception as error:  # of datasets, pyarrow, pandas, the hub, the file system
-        reason = str(error.__cause__ or error).strip().splitlines() or [type(error).__name__]
-        raise ValueError(f"data {source}: {_fault_in_text(path) or reason[0]}") from error
+        reason = " ".join(str(error.__cause__ or error).split()) or type(error).__name__
+        raise ValueError(f"data {source}: {_fault_in_text(path) or reason}") from error
     if isinstance(found, DatasetDict):
         if "train" not in found:
             raise ValueError(f"data {source}: must have a split 'train', it has {sorted(found)}")

@@ -192,16 +192,17 @@ class Run:
         watchers = [self.stop, callbacks.EvaluateAtTheEnd(), callbacks.Metrics(folder / "metrics.jsonl")]
         if self.options.early_stopping_patience is not None:
             watchers.append(EarlyStoppingCallback(self.options.early_stopping_patience))
-        trainer = checkpoints.ResumableTrainer(
-            name,
-            args=config,
-            train_dataset=self.train_rows,
-            eval_dataset=self.eval_rows,
-            processing_class=self.tokenizer,
-            callbacks=watchers,
-            quantization_config=get_quantization_config(model),
-            peft_config=get_peft_config(model),
-        )
+        with start.naming(name):
+            trainer = checkpoints.ResumableTrainer(
+                name,
+                args=config,
+                train_dataset=self.train_rows,
+                eval_dataset=self.eval_rows,
+                processing_class=self.tokenizer,
+                callbacks=watchers,
+                quantization_config=get_quantization_config(model),
+                peft_config=get_peft_config(model),
+            )
         callbacks.show_bar(trainer, arm)
         if self.options.samples and (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
             raise ValueError("samples must be 0 under FSDP and DeepSpeed: a rank has no whole model to answer with")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import re
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -138,10 +140,10 @@ def parse(arguments: Sequence[str]) -> tuple[TrainOptions, TrainerOptions, Model
         defaults |= ON_CPU
     parser.set_defaults_with_config(**defaults)
     _check_file_of_options(arguments)
-    options, config, model = parser.parse_args_and_config(list(arguments))
+    options, config, model = _parsed(parser, arguments)
     if model.model_name_or_path is None:
         parser.set_defaults_with_config(**SMALL_MODEL)
-        options, config, model = parser.parse_args_and_config(list(arguments))
+        options, config, model = _parsed(parser, arguments)
     for name in ("sft_steps", "sft_learning_rate"):
         options.check_idle(name, model.model_name_or_path is None, "the small model, without --model,")
     elsewhere = {"rule", "step_size"} & set(config.group_options or {})
@@ -149,6 +151,21 @@ def parse(arguments: Sequence[str]) -> tuple[TrainOptions, TrainerOptions, Model
     if config.group_step_size is None and not elsewhere and 0 < at_zero < math.inf:
         config.group_step_size = 0.05 / at_zero  # in its units DPO and IPO move alpha alike
     return options, config, model
+
+
+def _parsed(parser: TrlParser, arguments: Sequence[str]) -> Any:
+    """
+    Raises:
+        ValueError, TypeError: a value breaks a rule; where TRL or Transformers names no option, all that were given.
+    """
+    try:
+        return parser.parse_args_and_config(list(arguments))
+    except Exception as error:
+        given = {word[2:].partition("=")[0].replace("-", "_") for word in arguments if word.startswith("--")}
+        if isinstance(error, ValueError | TypeError) and given.intersection(re.findall(r"\w+", str(error))):
+            raise
+        said = " ".join(str(error).split()).rstrip(".")
+        raise ValueError(f"{said}, with the options {shlex.join(arguments)}") from error
 
 
 def _check_file_of_options(arguments: Sequence[str]) -> None:
@@ -163,8 +180,9 @@ def _check_file_of_options(arguments: Sequence[str]) -> None:
         raise ValueError("config must be a YAML file, got nothing after --config")
     try:
         options = yaml.safe_load(Path(path).read_text())
-    except (OSError, yaml.YAMLError, ValueError) as error:  # no file, no YAML, no UTF-8, or a NUL in its name
-        raise ValueError(f"config must be a YAML file, {path!r} is not: {' '.join(str(error).split())}") from error
+    except Exception as error:  # no file, no UTF-8, no YAML, too deep; values that are not what their tags say
+        reason = error if isinstance(error, OSError | yaml.YAMLError | ValueError) else repr(error)
+        raise ValueError(f"config must be a YAML file, {path!r} is not: {' '.join(str(reason).split())}") from error
     if not isinstance(options, dict) or not all(isinstance(name, str) for name in options):
         raise ValueError(f"config must hold options by name, {path!r} holds {options!r}")
 

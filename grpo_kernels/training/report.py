@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from grpo_kernels.console import COLOURS, make_console, make_figure
-from grpo_kernels.integrations.checkpoints import whole
+from grpo_kernels.integrations.checkpoints import reading, whole
 from grpo_kernels.training.options import TrainOptions
 
 SCORES = ("loss", "loss_se", "accuracy", "accuracy_se", "alpha", "count")
@@ -21,11 +21,19 @@ Record = dict[str, Any]
 
 
 def finish(out: Path, arms: list[str], facts: dict[str, Any]) -> None:
-    """Write results.json and training.png, print the table and the answers."""
-    histories = {arm: [json.loads(line) for line in (out / arm / "metrics.jsonl").open()] for arm in arms}
-    about = {arm: json.loads((out / arm / "arm.json").read_text()) for arm in arms}
-    groups = about[arms[0]]["group_names"]
-    runs = {arm: _summary(histories[arm], groups) for arm in arms}
+    """Write results.json and training.png, print the table and the answers.
+
+    Raises:
+        ValueError: what an arm has written is damaged; names the file.
+    """
+    histories, about, runs = {}, {}, {}
+    for arm in arms:
+        with reading(out / arm / "arm.json"):
+            about[arm] = json.loads((out / arm / "arm.json").read_text())
+            groups = about[arm]["group_names"]
+        with reading(out / arm / "metrics.jsonl"):
+            histories[arm] = [json.loads(line) for line in (out / arm / "metrics.jsonl").open()]
+            runs[arm] = _summary(histories[arm], groups)
     results = {
         **facts,
         "groups": about[arms[0]].get("train_pairs", facts["groups"]),

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from traceback import walk_tb
 from typing import Any
 
 import torch
@@ -16,6 +19,7 @@ from grpo_kernels.integrations import transformers as hf
 from grpo_kernels.training.options import ModelOptions, TrainerOptions, TrainOptions
 
 VOCABULARY, SIZES = 512, {"hidden_size": 64, "num_layers": 2}
+LOADERS = {"from_pretrained", "create_model_from_path"}  # Transformers' and TRL's
 SHARED = (  # what the warm-up takes over from the arms' options
     *("per_device_train_batch_size", "max_length", "bf16", "fp16", "use_cpu", "gradient_checkpointing"),
     *("disable_tqdm", "dataloader_pin_memory", "ddp_backend", "logging_steps"),
@@ -61,16 +65,32 @@ def small_model(folder: Path, rows: Dataset, options: TrainOptions, config: Trai
     return str(folder)
 
 
+@contextmanager
+def naming(model: str) -> Iterator[None]:
+    """
+    Raises:
+        ValueError: what is called ``model`` could not be loaded, which its readers say in many ways, often without it.
+    """
+    try:
+        yield
+    except Exception as error:
+        if LOADERS.isdisjoint(frame.f_code.co_name for frame, _ in walk_tb(error.__traceback__)):
+            raise
+        raise ValueError(f"model {model!r} cannot be loaded: {' '.join(str(error).split()) or repr(error)}") from error
+
+
 def tokenizer_of(start: str, config: TrainerOptions, model: ModelOptions) -> Any:
     """
     Raises:
-        ValueError: the tokenizer has no end of sequence, or the model too few positions for max_length.
+        ValueError: the tokenizer has no end of sequence, or the model too few positions for max_length, or they cannot
+            be loaded.
     """
     code = {"trust_remote_code": config.trust_remote_code, "revision": model.model_revision}
-    tokenizer = AutoTokenizer.from_pretrained(start, **code)
+    with naming(start):
+        tokenizer = AutoTokenizer.from_pretrained(start, **code)
+        of_text = AutoConfig.from_pretrained(start, **code).get_text_config()
     if tokenizer.eos_token is None:
         raise ValueError(f"the tokenizer of {start!r} must have an end-of-sequence token, it has none")
-    of_text = AutoConfig.from_pretrained(start, **code).get_text_config()
     positions, length = getattr(of_text, "max_position_embeddings", None), config.max_length
     if positions and (length is None or length > positions):
         raise ValueError(f"max_length must be at most {positions}, the positions of {start!r}, got {length}")
