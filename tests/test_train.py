@@ -363,7 +363,7 @@ def test_damaged_files_of_a_run_are_named(tmp_path: Path, capsys: pytest.Capture
     arm = tmp_path / "robust"
     checkpoint = arm / "checkpoint-3"
     checkpoint.mkdir(parents=True)
-    about = {"group_names": ["a"], "samples": [], "seconds": 1.0}
+    about, facts = {"group_names": ["a"], "samples": [], "seconds": 1.0}, {"groups": {"a": 3}}
     for content in (b"", b"[]", b'{"arguments": 3, ', b"[" * 100_000, b"\xff"):
         (tmp_path / "run.json").write_bytes(content)
         assert main(["train", "--resume", "--out", str(tmp_path)]) == 2
@@ -377,14 +377,18 @@ def test_damaged_files_of_a_run_are_named(tmp_path: Path, capsys: pytest.Capture
             checkpoints.to_go_on_from(arm)
         (arm / "arm.json").write_bytes(content)
         with pytest.raises(ValueError, match=r"arm\.json is damaged: "):
-            report.finish(tmp_path, ["robust"], {})
+            report.finish(tmp_path, ["robust"], facts)
         (arm / "arm.json").write_text(json.dumps(about))
         (arm / "metrics.jsonl").write_bytes(content)
         with pytest.raises(ValueError, match=r"metrics\.jsonl is damaged: "):
-            report.finish(tmp_path, ["robust"], {})
+            report.finish(tmp_path, ["robust"], facts)
     (tmp_path / "run.json").write_text("{}")
     assert main(["train", "--resume", "--out", str(tmp_path)]) == 2
     assert "run.json is damaged: KeyError('arguments')" in capsys.readouterr().err
+    del about["seconds"]
+    (arm / "arm.json").write_text(json.dumps(about))
+    with pytest.raises(ValueError, match=r"arm\.json is damaged: KeyError\('seconds'\)"):
+        report.finish(tmp_path, ["robust"], facts)
 
 
 @pytest.mark.parametrize(
@@ -405,6 +409,11 @@ def test_a_damaged_model_is_named(
     (copy / name).write_bytes(content)
     assert main([*command("--data", data, "--model", copy, "--out", tmp_path / "out"), "--max_steps", "1"]) == 2
     assert f"train: model '{copy}' cannot be loaded: " in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_what_else_is_wrong_with_a_trainer_is_not_its_model_s_fault(data: str, model: str, capsys: Any) -> None:
+    assert main(command("--data", data, "--model", model, "--out", "out", "--margin_column", "none")) == 2
+    assert "grpo_kernels train: train_dataset must have a column 'none'" in capsys.readouterr().err
 
 
 def test_one_run_in_a_folder(tmp_path: Path, data: str, model: str, uninterrupted: Path, capsys: Any) -> None:

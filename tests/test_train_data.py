@@ -293,7 +293,7 @@ def test_a_file_of_options(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--eval_fraction", "2"], "eval_fraction must be finite"),
+        (["--eval_fraction", "2"], "eval_fraction must be finite and in (0.0, 1.0), got 2.0\n"),
         (["--samples", "-1"], "samples must be finite"),
         (["--eval_data", "x.jsonl"], "eval_data needs data"),
         (["--data", "d", "--eval_data", "e", "--split_by", "x"], "split_by has a meaning beside data that is split"),
@@ -351,7 +351,7 @@ def test_bad_options_are_named(
     for name, text in files.items():
         (tmp_path / f"{name}.yaml").write_bytes(text)
     assert main(["train", "--out", str(tmp_path / "out"), *words]) == 2
-    assert message in capsys.readouterr().err.splitlines()[-1]
+    assert message in capsys.readouterr().err.splitlines(keepends=True)[-1]
     assert not (tmp_path / "out" / "run.json").exists()
 
 

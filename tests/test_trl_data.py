@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 os.environ |= {"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
 pytest.importorskip("trl", reason="trl is not installed: pip install 'grpo-kernels[trl]'")
 datasets = pytest.importorskip("datasets", reason="datasets is not installed: pip install 'grpo-kernels[trl]'")
 
 import trl  # noqa: E402
-from trl_cases import model_of, pairs, rows, trainer  # noqa: E402
+from trl_cases import first_batch, model_of, pairs, rows, trainer  # noqa: E402
 
 NAN = float("nan")
 
@@ -90,6 +91,16 @@ def test_a_column_of_any_name(column: str) -> None:
         got = of.evaluate(again)
         for name in ("1", "2", "10"):
             assert got[f"eval_groups/{name}/loss"] == pytest.approx(wanted[f"eval_groups/{name}/loss"], rel=1e-6), name
+
+
+def test_columns_of_the_reference_come_together() -> None:
+    one = pairs(["a", "b"] * 4).add_column("ref_chosen_logps", [-2.5] * 8)
+    for given in (one, one.to_iterable_dataset()):
+        with pytest.raises(ValueError, match=r"eval_dataset must have the columns .* got ref_chosen_logps alone"):
+            trainer(eval_data=given)
+    both = one.add_column("ref_rejected_logps", [-1.5] * 8)
+    batch = first_batch(trainer(data=both))
+    assert torch.cat([batch["ref_chosen_logps"], batch["ref_rejected_logps"]]).tolist() == [-2.5] * 3 + [-1.5] * 3
 
 
 def test_a_set_prepared_by_a_trainer_of_other_groups() -> None:

@@ -87,6 +87,12 @@ def test_a_reference_that_cannot_be() -> None:
         trainer(adapted, base)
     with pytest.raises(ValueError, match=r"model_init_kwargs must be left out, nothing is loaded by name"):
         trainer(model_init_kwargs={"dtype": "bfloat16"})
+    for reference, count in (
+        (model_of("Phi", 1), 20),
+        (model_of("Llama", 1, intermediate_size=32, tie_word_embeddings=True), 3),
+    ):
+        with pytest.raises(ValueError, match=rf"sync_ref_model must be False where ref_model .* \({count} in all\)"):
+            trainer(reference=reference, sync_ref_model=True)
     with pytest.raises(ValueError, match=r"ref_model must be a model's name or directory, got '/no/such/model': "):
         trainer(reference="/no/such/model")
     import transformers

@@ -130,7 +130,7 @@ SMALL_MODEL = {
 def parse(arguments: Sequence[str]) -> tuple[TrainOptions, TrainerOptions, ModelOptions]:
     """
     Raises:
-        ValueError, TypeError: an option is unknown, or its value breaks a rule; the message names it.
+        ValueError: an option is unknown, or its value breaks a rule; the message names it.
         SystemExit: --help, or a value of another type (argparse).
     """
     kinds = (TrainOptions, TrainerOptions, ModelOptions)
@@ -156,16 +156,16 @@ def parse(arguments: Sequence[str]) -> tuple[TrainOptions, TrainerOptions, Model
 def _parsed(parser: TrlParser, arguments: Sequence[str]) -> Any:
     """
     Raises:
-        ValueError, TypeError: a value breaks a rule; where TRL or Transformers names no option, all that were given.
+        ValueError: a value breaks a rule; where TRL or Transformers names no option, all that were given.
     """
     try:
         return parser.parse_args_and_config(list(arguments))
     except Exception as error:
         given = {word[2:].partition("=")[0].replace("-", "_") for word in arguments if word.startswith("--")}
-        if isinstance(error, ValueError | TypeError) and given.intersection(re.findall(r"\w+", str(error))):
-            raise
-        said = " ".join(str(error).split()).rstrip(".")
-        raise ValueError(f"{said}, with the options {shlex.join(arguments)}") from error
+        said = " ".join(str(error).split())
+        if given.isdisjoint(re.findall(r"\w+", said)):
+            said = f"{said.rstrip('.')}, with the options {shlex.join(arguments)}"
+        raise ValueError(said) from error
 
 
 def _check_file_of_options(arguments: Sequence[str]) -> None:

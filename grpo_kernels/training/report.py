@@ -29,14 +29,15 @@ def finish(out: Path, arms: list[str], facts: dict[str, Any]) -> None:
     histories, about, runs = {}, {}, {}
     for arm in arms:
         with reading(out / arm / "arm.json"):
-            about[arm] = json.loads((out / arm / "arm.json").read_text())
+            written = {"train_pairs": facts["groups"], **json.loads((out / arm / "arm.json").read_text())}
+            about[arm] = {name: written[name] for name in ("group_names", "train_pairs", "samples", "seconds")}
             groups = about[arm]["group_names"]
         with reading(out / arm / "metrics.jsonl"):
             histories[arm] = [json.loads(line) for line in (out / arm / "metrics.jsonl").open()]
             runs[arm] = _summary(histories[arm], groups)
     results = {
         **facts,
-        "groups": about[arms[0]].get("train_pairs", facts["groups"]),
+        "groups": about[arms[0]]["train_pairs"],
         "eval_pairs": {name: scores["count"] for name, scores in runs[arms[0]]["last"]["groups"].items()},
         "runs": runs,
         "seconds": {arm: about[arm]["seconds"] for arm in arms},

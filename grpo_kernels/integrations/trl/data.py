@@ -124,6 +124,20 @@ def check_columns(dataset: Any, wanted: dict[str, str], which: str) -> None:
             raise ValueError(f"{which} must have a column {name!r}, it has {own}; {hint} to the config")
 
 
+def check_given_reference(dataset: Any, which: str) -> None:
+    """TRL takes the reference's log-probabilities from columns of these names, where a set has them.
+
+    Raises:
+        ValueError: it has one of them alone.
+    """
+    given = sorted({"ref_chosen_logps", "ref_rejected_logps"}.intersection(_column_names(dataset)))
+    if len(given) == 1:
+        raise ValueError(
+            f"{which} must have the columns ref_chosen_logps and ref_rejected_logps, the reference's "
+            f"log-probabilities, or neither, got {given[0]} alone"
+        )
+
+
 def check_pair_numbers(dataset: Any, columns: dict[str, str], which: str) -> None:
     """The columns of `GroupRobustDPOConfig.pair_columns`; of streamed data the collator checks the values.
 

@@ -106,6 +106,20 @@ def check_reference(policy: Any, reference: Any, tokenizer: Any) -> None:
         )
 
 
+def check_can_follow(policy: Any, reference: Any) -> None:
+    """
+    Raises:
+        ValueError: sync_ref_model would mix the parameters of unlike models, which TRL takes by their order alone.
+    """
+    own, theirs = ({name: tuple(x.shape) for name, x in model.named_parameters()} for model in (policy, reference))
+    differ = sorted(name for name in own.keys() | theirs.keys() if own.get(name) != theirs.get(name))
+    if differ and not (is_sharded(policy) or is_sharded(reference)):
+        raise ValueError(
+            f"sync_ref_model must be False where ref_model has other parameters than model: {differ[:3]} "
+            f"({len(differ)} in all)"
+        )
+
+
 def is_sharded(model: Any) -> bool:
     """Whether its parameters are elsewhere: ZeRO-3 or FSDP."""
     return any(hasattr(parameter, "ds_id") or hasattr(parameter, "device_mesh") for parameter in model.parameters())

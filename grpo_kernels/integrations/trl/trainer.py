@@ -123,6 +123,7 @@ class GroupRobustDPOTrainer(DPOTrainer):
 
     def _with_groups(self, dataset: Any, which: str) -> Any:
         dataset = self.group_column.prepare(dataset, which, known=self.group_names)
+        of_data.check_given_reference(dataset, which)
         of_data.check_pair_numbers(dataset, self._pair_columns, which)
         return dataset
 
@@ -384,6 +385,8 @@ class GroupRobustDPOTrainer(DPOTrainer):
         if self.ref_model is not None:
             reference = models.causal_model(self.accelerator.unwrap_model(self.ref_model))
             models.check_reference(policy, reference, self._tokenizer)
+            if self.args.sync_ref_model:
+                models.check_can_follow(policy, reference)
 
 
 class _StepWithOptimizer(TrainerCallback):
