@@ -273,7 +273,8 @@ print(json.dumps({"kernels": [dataclasses.asdict(one) for one in reports], "prob
 # The fewest that hold the claims; `doctor --kernels` compiles all.
 COMPILED = [
     ("_group_robust_fwd_kernel", "bfloat16", "packed", 90),
-    ("_group_robust_fwd_kernel", "float32", "V % 16 == 8", 90),
+    ("_group_robust_fwd_kernel", "bfloat16", "V odd", 100),
+    ("_group_robust_fwd_kernel", "float32", "V % 16 == 8", 80),
     ("_logps_fwd_kernel", "bfloat16", "[:, :-1]", 100),
     ("_logps_fwd_kernel", "float16", "V % 16 == 8", 80),
     ("_logps_fwd_kernel", "bfloat16", "transposed", 90),

@@ -40,6 +40,14 @@ def split_number(value: float) -> tuple[float, float]:
 
 
 @triton.jit
+def _nothing(never_negative):
+    """0, which the compiler cannot know. Sizes to which it is added make addresses anew; else the compiler keeps those
+    of the first loop until the last, in more registers than there are.
+    """
+    return tl.minimum(never_negative, 0.0).to(tl.int32)
+
+
+@triton.jit
 def _join(high, low):
     return tl.zeros((), tl.float64) + high + low
 
@@ -53,25 +61,21 @@ def _log1p(x):
 
 
 @triton.jit
-def _log_sigmoid(x):
-    return tl.where(x > 0, 0.0, x) - _log1p(tl.exp(-tl.abs(x)))
-
-
-@triton.jit
-def _sigmoid(x):
-    small = tl.exp(-tl.abs(x))
-    return tl.where(x < 0, small, 1.0) / (1.0 + small)
-
-
-@triton.jit
 def pair_loss(h, beta, e, LOSS: tl.constexpr):
     """(l(h), dl/dh): the entry of PAIR_LOSSES named LOSS. A NaN margin gives NaN for both."""
-    if LOSS == "sigmoid":
-        value = -(1 - e) * _log_sigmoid(beta * h) - e * _log_sigmoid(-beta * h)
-        slope = beta * (e * _sigmoid(beta * h) - (1 - e) * _sigmoid(-beta * h))
-    elif LOSS == "robust":
-        value = (-(1 - e) * _log_sigmoid(beta * h) + e * _log_sigmoid(-beta * h)) / (1 - 2 * e)
-        slope = -beta * ((1 - e) * _sigmoid(-beta * h) + e * _sigmoid(beta * h)) / (1 - 2 * e)
+    if LOSS == "sigmoid" or LOSS == "robust":
+        x = beta * h
+        small = tl.exp(-tl.abs(x))
+        # -log sigmoid(x) = below + log1p(small), -log sigmoid(-x) = above + log1p(small)
+        below, above = tl.where(x > 0, 0.0, -x), tl.where(x < 0, 0.0, x)
+        # sigmoid(-x) and sigmoid(x), times 1 + small
+        minus, plus = tl.where(x > 0, small, 1.0), tl.where(x < 0, small, 1.0)
+        if LOSS == "sigmoid":
+            value = _log1p(small) + (1 - e) * below + e * above
+            slope = beta * (e * plus - (1 - e) * minus) / (1.0 + small)
+        else:
+            value = _log1p(small) + ((1 - e) * below - e * above) / (1 - 2 * e)
+            slope = -beta * ((1 - e) * minus + e * plus) / (1.0 + small) / (1 - 2 * e)
     elif LOSS == "ipo":
         gap = h - 0.5 / beta
         value = gap * gap
@@ -87,7 +91,7 @@ def pair_loss(h, beta, e, LOSS: tl.constexpr):
 
 @triton.jit
 def pairs_and_group_sums(
-    logps_ptr,  # (2, S) float64: sums of token_logps, then counts of tokens
+    logps_ptr,  # (2, S) float64: sums of token_logps, which pairs' margins h replace, then counts of tokens
     sequence_ptr,
     pair_ptr,
     group_ptr,
@@ -137,15 +141,18 @@ def pairs_and_group_sums(
         if HAS_REF:
             chosen -= tl.load(ref_ptr + i, inside, other=0.0).to(tl.float64)
             rejected -= tl.load(ref_ptr + B + i, inside, other=0.0).to(tl.float64)
-        if HAS_BETA:
-            beta = tl.load(beta_ptr + i, inside, other=1.0).to(tl.float64)
-        else:
-            beta = tl.zeros((BLOCK_B,), tl.float64) + _join(beta_high, beta_low)
+        beta = _beta(beta_ptr, beta_high, beta_low, i, inside, HAS_BETA)
         tl.store(sequence_ptr + REWARDS * S + i, beta * chosen, inside)
         tl.store(sequence_ptr + REWARDS * S + B + i, beta * rejected, inside)
         h = chosen - rejected
         if HAS_MARGIN:
             h -= tl.load(margin_ptr + i, inside, other=0.0).to(tl.float64)
+        tl.store(logps_ptr + i, h, inside)
+    for first in range(0, B, BLOCK_B):  # a loop of its own: addresses and loss together would spill registers
+        i = first + tl.arange(0, BLOCK_B)
+        inside = i < B
+        h = tl.load(logps_ptr + i, inside, other=0.0)
+        beta = _beta(beta_ptr, beta_high, beta_low, i, inside, HAS_BETA)
         value, slope = pair_loss(h, beta, e, LOSS)
         if HAS_WEIGHTS:
             weight = tl.load(weights_ptr + i, inside, other=0.0).to(tl.float64)
@@ -173,6 +180,16 @@ def pairs_and_group_sums(
         tl.store(group_ptr + SUMS * K + group, total, inside)
         tl.store(counts_ptr + group, count, inside)
         tl.debug_barrier()  # sums are read by the next block's threads
+
+
+@triton.jit
+def _beta(beta_ptr, beta_high, beta_low, i, inside, HAS_BETA: tl.constexpr):
+    """That of the pairs i, one for all without HAS_BETA."""
+    if HAS_BETA:
+        beta = tl.load(beta_ptr + i, inside, other=1.0).to(tl.float64)
+    else:
+        beta = tl.zeros(inside.shape, tl.float64) + _join(beta_high, beta_low)
+    return beta
 
 
 @triton.jit
@@ -256,7 +273,6 @@ def alpha_loss_and_coefficients(
     BLOCK_K: tl.constexpr,
 ):
     """From SUMS and the counts (of all ranks): move alpha, fill the rest of the tables, and store the loss."""
-    B = S // 2
     step = _join(step_high, step_low) * CHI
     pairs = tl.full((), 0.0, tl.float64)
     total_size = tl.full((), 0.0, tl.float64)
@@ -270,6 +286,9 @@ def alpha_loss_and_coefficients(
         if IMPORTANCE:
             total_size += tl.sum(tl.load(sizes_ptr + groups, inside, other=0), 0).to(tl.float64)
 
+    nothing = _nothing(pairs)
+    S += nothing
+    K += nothing
     if UPDATE == "inline":
         # An atomic is one thread's. A load is every thread's, and would race the store of the first.
         tl.atomic_add(skipped_ptr, (broken > 0).to(tl.int64), sem="relaxed")
@@ -279,6 +298,9 @@ def alpha_loss_and_coefficients(
                 IMPORTANCE, ADJUSTMENT, FLOOR, BLOCK_K,
             )  # fmt: skip
 
+    S += nothing
+    K += nothing
+    B = S // 2
     loss = tl.full((), 0.0, tl.float64)
     for first in range(0, K, BLOCK_K):
         groups, inside, _, factor, losses = _group_block(
