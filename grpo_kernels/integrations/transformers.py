@@ -7,6 +7,7 @@ import functools
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from traceback import walk_tb
 from types import MethodType
 from typing import Any, NamedTuple
 
@@ -16,6 +17,7 @@ from torch import Tensor
 from grpo_kernels.integrations.in_forward import LossInForward, LossOfPairs, Sealed, logps_of
 
 PAD, EOS = "<pad>", "</s>"
+LOADERS = {"from_pretrained", "create_model_from_path"}  # Transformers' and TRL's
 
 
 def require() -> Any:
@@ -71,6 +73,20 @@ def pad_token_id(tokenizer: Any) -> int:
 # -- from a causal language model to sequence log-probabilities ----------------------------------------------------
 
 SCALE_FIELDS = ("logit_scale", "logits_scaling", "output_multiplier", "lm_head_multiplier")  # of a model's config
+
+
+@contextlib.contextmanager
+def loading(name: str) -> Iterator[None]:
+    """
+    Raises:
+        ValueError: the model called ``name`` could not be loaded, which its readers say in many ways, often without it.
+    """
+    try:
+        yield
+    except Exception as error:
+        if LOADERS.isdisjoint(frame.f_code.co_name for frame, _ in walk_tb(error.__traceback__)):
+            raise
+        raise ValueError(f"model {name!r} cannot be loaded: {' '.join(str(error).split()) or repr(error)}") from error
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ from trl import get_peft_config, get_quantization_config
 from grpo_kernels.groups.weights import GroupWeights
 from grpo_kernels.integrations import callbacks, checkpoints
 from grpo_kernels.integrations import datasets as pairs
+from grpo_kernels.integrations import transformers as hf
 from grpo_kernels.integrations.trl.data import PAIR_OPTIONS, GroupColumn
 from grpo_kernels.training import embedded_task, report, start
 from grpo_kernels.training.options import loss_at_zero, parse
@@ -192,7 +193,7 @@ class Run:
         watchers = [self.stop, callbacks.EvaluateAtTheEnd(), callbacks.Metrics(folder / "metrics.jsonl")]
         if self.options.early_stopping_patience is not None:
             watchers.append(EarlyStoppingCallback(self.options.early_stopping_patience))
-        with start.naming(name):
+        with hf.loading(name):
             trainer = checkpoints.ResumableTrainer(
                 name,
                 args=config,

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from traceback import walk_tb
 from typing import Any
 
 import torch
@@ -19,7 +16,6 @@ from grpo_kernels.integrations import transformers as hf
 from grpo_kernels.training.options import ModelOptions, TrainerOptions, TrainOptions
 
 VOCABULARY, SIZES = 512, {"hidden_size": 64, "num_layers": 2}
-LOADERS = {"from_pretrained", "create_model_from_path"}  # Transformers' and TRL's
 SHARED = (  # what the warm-up takes over from the arms' options
     *("per_device_train_batch_size", "max_length", "bf16", "fp16", "use_cpu", "gradient_checkpointing"),
     *("disable_tqdm", "dataloader_pin_memory", "ddp_backend", "logging_steps"),
@@ -65,20 +61,6 @@ def small_model(folder: Path, rows: Dataset, options: TrainOptions, config: Trai
     return str(folder)
 
 
-@contextmanager
-def naming(model: str) -> Iterator[None]:
-    """
-    Raises:
-        ValueError: what is called ``model`` could not be loaded, which its readers say in many ways, often without it.
-    """
-    try:
-        yield
-    except Exception as error:
-        if LOADERS.isdisjoint(frame.f_code.co_name for frame, _ in walk_tb(error.__traceback__)):
-            raise
-        raise ValueError(f"model {model!r} cannot be loaded: {' '.join(str(error).split()) or repr(error)}") from error
-
-
 def tokenizer_of(start: str, config: TrainerOptions, model: ModelOptions) -> Any:
     """
     Raises:
@@ -86,7 +68,7 @@ def tokenizer_of(start: str, config: TrainerOptions, model: ModelOptions) -> Any
             be loaded.
     """
     code = {"trust_remote_code": config.trust_remote_code, "revision": model.model_revision}
-    with naming(start):
+    with hf.loading(start):
         tokenizer = AutoTokenizer.from_pretrained(start, **code)
         of_text = AutoConfig.from_pretrained(start, **code).get_text_config()
     if tokenizer.eos_token is None:
