@@ -137,8 +137,8 @@ def scan_row(
 
     row_max = tl.max(running_max, 0)
     scaled = running_sum * tl.exp2((running_max - row_max) * LOG2E)
-    # abs changes no value. Without it the product is fused into the sum with another lane's, the two lanes get different
-    # bits, and Triton 3.9 lets all lanes of a warp store theirs to one place.
+    # abs changes no value. Without it the product is fused into the sum with another lane's, which gets other bits so,
+    # and Triton 3.9 lets all lanes of a warp store theirs to one place.
     return row_max, tl.sum(tl.abs(scaled), 0)
 
 
