@@ -5,11 +5,13 @@ from __future__ import annotations
 import copy
 import inspect
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import pytest
 import torch
 from small_models import batch
+from small_models import model_of as small_model_of
 
 import grpo_kernels as gk
 from grpo_kernels.integrations import transformers as hf
@@ -202,6 +204,22 @@ def test_an_optimizer_made_after_find_head_has_the_shards(tmp_path: Path) -> Non
             assert all(hasattr(parameter, "full_tensor") for parameter in model.parameters())
     finally:
         torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("way", ["linear", "logits", "experts"])
+def test_a_wrapped_forward_is_entered_once(way: str) -> None:
+    """Accelerate puts one autocast object around the forward: entered again inside, it would stay on for ever."""
+    operations = pytest.importorskip("accelerate.utils.operations", reason="accelerate is not installed")
+    model = small_model_of("qwen3_moe") if way == "experts" else model_of("Llama")
+    experts = {"output_router_logits": True} if way == "experts" else {}
+    hf.add_sequence_logps(model, None if way == "logits" else hf.find_head(model))
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = model(**batch(), sequence_logps=True, **experts)
+    wrapped = torch.autocast("cpu", torch.bfloat16)(model.forward.__func__)
+    model.forward = MethodType(operations.convert_outputs_to_fp32(wrapped), model)  # as accelerate does
+    found = model(**batch(), sequence_logps=True, **experts)
+    assert not torch.is_autocast_enabled("cpu")
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("linear", [True, False])

@@ -163,7 +163,7 @@ def _found_head(model: Any) -> Head:
         model.eval()
         logits = model(input_ids=ids, use_cache=False).logits[0, -1].double()
         handle.remove()
-        hidden = _last_hidden_states(model, {"input_ids": ids})
+        hidden = _last_hidden_states(model, _plain_forward(model), {"input_ids": ids})
     except Exception as error:
         raise NotImplementedError(f"{name} cannot be tried on two tokens ({error!r}): use the logits path") from error
     finally:
@@ -228,7 +228,7 @@ def hidden_and_head(model: Any, head: Head, **inputs: Any) -> HiddenAndHead:
         >>> rows.hidden.shape, rows.weight is model.model.embed_tokens.weight
         (torch.Size([1, 3, 32]), True)
     """
-    return _with_head(model, head, _last_hidden_states(model, inputs))
+    return _with_head(model, head, _last_hidden_states(model, _plain_forward(model), inputs))
 
 
 def _with_head(model: Any, head: Head, hidden: Tensor) -> HiddenAndHead:
@@ -236,16 +236,17 @@ def _with_head(model: Any, head: Head, hidden: Tensor) -> HiddenAndHead:
     return HiddenAndHead(hidden, layer.weight, getattr(layer, "bias", None), head)
 
 
-def _last_hidden_states(model: Any, inputs: dict[str, Any]) -> Tensor:
+def _last_hidden_states(model: Any, forward: Callable[..., Any], inputs: dict[str, Any]) -> Tensor:
     inputs = {"use_cache": False, **inputs}
     has_images = any(name.startswith("pixel_") and value is not None for name, value in inputs.items())
     if model.base_model is not model and not has_images:
         return model.base_model(**inputs).last_hidden_state
-    return _run_without_head(model, inputs)[0]  # images may be met outside its base; Llama 4's parts have other names
+    # Images may be met outside its base; Llama 4's parts have other names.
+    return _run_without_head(model, forward, inputs)[0]
 
 
-def _run_without_head(model: Any, inputs: dict[str, Any]) -> tuple[Tensor, Any]:
-    """(the head's input, the outputs) of the model's own forward, whose head gives one column in place of logits."""
+def _run_without_head(model: Any, forward: Callable[..., Any], inputs: dict[str, Any]) -> tuple[Tensor, Any]:
+    """(the head's input, the outputs) of ``forward``, in which the head gives one column in place of logits."""
     layer, kept = model.get_output_embeddings(), []
 
     def keep(hidden: Tensor) -> Tensor:
@@ -255,7 +256,7 @@ def _run_without_head(model: Any, inputs: dict[str, Any]) -> tuple[Tensor, Any]:
     replaced = layer.__dict__.get("forward")
     layer.forward = keep
     try:
-        outputs = _plain_forward(model)(model, **inputs)
+        outputs = forward(model, **inputs)
     finally:
         del layer.forward
         if replaced is not None:
@@ -319,7 +320,8 @@ def add_sequence_logps(
             return plain_forward(self, *args, **kwargs)
         labels, token_weights = kwargs.pop("labels"), kwargs.pop("token_weights", None)
         with_metrics = kwargs.pop("return_metrics", False)
-        rows, aux_loss = _rows_and_balancing_loss(self, head, args, {"use_cache": False, **kwargs})
+        # Not model.forward, which may be this one in another's autocast by now: that must not be entered again.
+        rows, aux_loss = _rows_and_balancing_loss(self, plain_forward, head, args, {"use_cache": False, **kwargs})
         if loss_of_pairs is not None:
             of_pairs = loss_of_pairs.of(rows, labels)
             return LossInForward(of_pairs[0].loss, aux_loss, Sealed(of_pairs))
@@ -334,19 +336,19 @@ def add_sequence_logps(
 
 
 def _rows_and_balancing_loss(
-    model: Any, head: Head | None, args: tuple[Any, ...], inputs: dict[str, Any]
+    model: Any, forward: Callable[..., Any], head: Head | None, args: tuple[Any, ...], inputs: dict[str, Any]
 ) -> tuple[Tensor | HiddenAndHead, Tensor | None]:
     """(logits, or what they are made of; the experts' balancing loss where ``output_router_logits`` asks for it)."""
     asked = inputs.get("output_router_logits")
     rows: Tensor | HiddenAndHead
     if head is None:
-        outputs = _plain_forward(model)(model, *args, **inputs)
+        outputs = forward(model, *args, **inputs)
         rows = outputs.logits
     elif asked:
-        hidden, outputs = _run_without_head(model, inputs)
+        hidden, outputs = _run_without_head(model, forward, inputs)
         rows = _with_head(model, head, hidden)
     else:
-        return hidden_and_head(model, head, **inputs), None
+        return _with_head(model, head, _last_hidden_states(model, forward, inputs)), None
     if not asked:
         return rows, None
     aux_loss = getattr(outputs, "aux_loss", None)
