@@ -19,7 +19,7 @@ def test_damaged_files_of_a_run_are_named(tmp_path: Path, capsys: pytest.Capture
     arm = tmp_path / "robust"
     checkpoint = arm / "checkpoint-3"
     checkpoint.mkdir(parents=True)
-    about, facts = {"group_names": ["a"], "samples": [], "seconds": 1.0}, {"groups": {"a": 3}}
+    about, facts = {"group_names": ["a"], "train_pairs": {"a": 3}, "samples": [], "seconds": 1.0}, {}
     for content in (b"", b"[]", b'{"arguments": 3, ', b"[" * 100_000, b"\xff"):
         (tmp_path / "run.json").write_bytes(content)
         assert main(["train", "--resume", "--out", str(tmp_path)]) == 2

@@ -40,7 +40,7 @@ WINGS = {
     ),
     "paper": ("bandit", "batched", "algorithm", "convergence", "claims", "robustness", "report", "command"),
     "bench": ("cases", "machine", "plots", "suite", "logits", "linear", "command"),
-    "training": ("options", "embedded_task", "start", "report", "command"),
+    "training": ("options", "start", "report", "command"),
 }
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
 

@@ -25,7 +25,6 @@ import transformers  # noqa: E402
 from grpo_kernels.__main__ import main  # noqa: E402
 from grpo_kernels.integrations import callbacks, checkpoints  # noqa: E402
 from grpo_kernels.integrations import transformers as hf  # noqa: E402
-from grpo_kernels.training import embedded_task  # noqa: E402
 from grpo_kernels.training.command import ARMS  # noqa: E402
 
 ROWS = [
@@ -134,13 +133,11 @@ def test_three_arms_from_one_start(tmp_path: Path, capsys: pytest.CaptureFixture
     assert (out / "training.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_mixture_on_the_embedded_task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A part of its pairs, a small model that is not warmed up: the loss begins at apo_zero's 1 and sft's log V."""
-    whole = embedded_task.data_set
-    monkeypatch.setattr(embedded_task, "data_set", lambda num_pairs, seed: whole(num_pairs // 50, seed))
+def test_a_mixture_of_losses(tmp_path: Path, data: str) -> None:
+    """A small model that is not warmed up: the loss begins at apo_zero's 1 and sft's log V."""
     out = tmp_path / "run"
-    words = ["--loss", "apo_zero", "sft", "--max_length", 256, "--sft_steps", 0, "--log_token_metrics", "--out", out]
-    assert main(command(*words)) == 0
+    words = ["--loss", "apo_zero", "sft", "--sft_steps", 0, "--log_token_metrics", "--out", out]
+    assert main(command("--data", data, *words)) == 0
     first, *_, last = records(out)
     assert first["eval_loss"] == pytest.approx(1 + first["eval_entropy"], abs=0.1), "nearly uniform over the tokens"
     assert last["eval_loss"] < first["eval_loss"] - 0.1

@@ -27,7 +27,6 @@ import pyarrow.parquet
 from grpo_kernels.__main__ import main
 from grpo_kernels.integrations import datasets as pairs
 from grpo_kernels.integrations import transformers as hf
-from grpo_kernels.training import embedded_task
 from grpo_kernels.training.options import loss_at_zero, parse
 
 ROOT = Path(__file__).parent.parent
@@ -218,11 +217,16 @@ def test_text_that_the_tokenizer_takes_for_its_marks() -> None:
             check(prompt="</s>p")
 
 
-def test_the_embedded_task() -> None:
-    rows = embedded_task.generate_pairs(1000, seed=0)
-    assert Counter(row["group"] for row in rows) == {"casual": 700, "business": 220, "editors": 80}
-    assert rows == embedded_task.generate_pairs(1000, seed=0) != embedded_task.generate_pairs(1000, seed=1)
-    friendly = [row for row in rows if row["chosen"].startswith(" Oh") and not row["rejected"].startswith(" Oh")]
+def test_the_made_up_pairs_are_what_the_example_writes(tmp_path: Path) -> None:
+    made_up = example("made_up_pairs")
+    made_up.write(tmp_path)
+    for name in ("train", "test"):
+        file = f"{pairs.MADE_UP}.{name}.jsonl.gz"
+        assert gzip.decompress((tmp_path / file).read_bytes()) == gzip.decompress((pairs.PACKAGED / file).read_bytes())
+    train, evaluation = pairs.load_pairs(pairs.MADE_UP, None, pairs.Reading())
+    assert Counter(train["group"]) == {"casual": 1400, "business": 440, "editors": 160}
+    assert len(evaluation) == 600
+    friendly = [row for row in train if row["chosen"].startswith(" Oh") and not row["rejected"].startswith(" Oh")]
     assert {row["group"] for row in friendly} == {"casual"}, "the others choose formal over friendly"
 
 
@@ -295,9 +299,9 @@ def test_a_file_of_options(tmp_path: Path) -> None:
     [
         (["--eval_fraction", "2"], "eval_fraction must be finite and in (0.0, 1.0), got 2.0\n"),
         (["--samples", "-1"], "samples must be finite"),
-        (["--eval_data", "x.jsonl"], "eval_data needs data"),
+        (["--eval_data", "none.jsonl"], "data none.jsonl: there is no such file"),
         (["--data", "d", "--eval_data", "e", "--split_by", "x"], "split_by has a meaning beside data that is split"),
-        (["--eval_fraction", "0.5"], "eval_fraction has a meaning beside data that is split, without eval_data only"),
+        (["--eval_fraction", "0.5"], "data made-up-colours: has an evaluation split of its own: split_by and eval_fr"),
         (["--sample_tokens", "9"], "sample_tokens has a meaning beside samples only, got 9"),
         (["--model", "m", "--sft_steps", "9"], "sft_steps has a meaning beside the small model, without --model"),
         (["--data", pairs.POLIS, "--split_by", "x"], "has an evaluation split of its own: split_by and eval_fraction"),
@@ -312,23 +316,29 @@ def test_a_file_of_options(tmp_path: Path) -> None:
         (["--lr_scheduler_kwargs", "x"], "lr_scheduler_kwargs must be a dict, or one as JSON, got 'x'"),
         (["--group_options", '{"floor": 2}'], "floor must be finite and in [0.0, 1.0), got 2"),
         (["--data", "none.jsonl"], "data none.jsonl: there is no such file"),
-        (["--config", "none.yaml"], "config must be a YAML file, 'none.yaml' is not: [Errno 2] No such file"),
-        (["--config", "."], "config must be a YAML file, '.' is not: [Errno 21] Is a directory"),
+        (
+            ["--config", "none.yaml"],
+            "config must be a YAML file, 'none.yaml' is not: FileNotFoundError: [Errno 2] No such",
+        ),
+        (["--config", "."], "config must be a YAML file, '.' is not: IsADirectoryError: [Errno 21] Is a directory"),
         (["--config", "number.yaml", "--loss_weights", "1"], "loss_type must be a list, got 3"),
         (["--pad_to_multiple_of", "8.5"], "pad_to_multiple_of must be a whole number, auto or none, got '8.5'"),
         (["--eval_steps", "inf"], "cannot convert float infinity to integer, with the options --out "),
         (["--accelerator_config", "none.json"], " --accelerator_config none.json"),
         (["--accelerator_config", '{"none": 1}'], "unexpected keyword argument 'none', with the options --out "),
         (["--config", "environment.yaml"], "`env` field should be a dict in the YAML file, with the options --out "),
-        (["--config"], "config must be a YAML file, got nothing after --config"),
+        (["--config"], "config must be a YAML file, '' is not: "),
         (
             ["--config", "broken.yaml"],
-            "config must be a YAML file, 'broken.yaml' is not: while parsing a flow",
+            "config must be a YAML file, 'broken.yaml' is not: ParserError: while parsing a flow",
         ),
-        (["--config", "latin.yaml"], "config must be a YAML file, 'latin.yaml' is not: 'utf-8' codec can't decode"),
-        (["--config", "stamp.yaml"], "config must be a YAML file, 'stamp.yaml' is not: AttributeError("),
-        (["--config", "truth.yaml"], "config must be a YAML file, 'truth.yaml' is not: KeyError('maybe')"),
-        (["--config", "deep.yaml"], "config must be a YAML file, 'deep.yaml' is not: RecursionError("),
+        (
+            ["--config", "latin.yaml"],
+            "config must be a YAML file, 'latin.yaml' is not: UnicodeDecodeError: 'utf-8' codec",
+        ),
+        (["--config", "stamp.yaml"], "config must be a YAML file, 'stamp.yaml' is not: AttributeError: "),
+        (["--config", "truth.yaml"], "config must be a YAML file, 'truth.yaml' is not: KeyError: 'maybe'"),
+        (["--config", "deep.yaml"], "config must be a YAML file, 'deep.yaml' is not: RecursionError: "),
         (["--config", "list.yaml"], "config must hold options by name, 'list.yaml' holds ['beta']"),
         (["--config", "empty.yaml"], "config must hold options by name, 'empty.yaml' holds None"),
     ],

@@ -22,7 +22,7 @@ READERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "csv", ".pa
 NO_PAIRS = "holds no preference pairs"
 EVALUATION_SPLITS = ("test", "validation", "eval")
 PACKAGED = Path(__file__).parent.parent / "training" / "pairs"
-POLIS = "polis-housing-mini"
+MADE_UP, POLIS = "made-up-colours", "polis-housing-mini"  # the first is of examples/made_up_pairs.py
 POLIS_SOURCE = (
     f"{POLIS}: Data was gathered using the Polis software (compdemocracy.org/polis) and is sub-licensed under CC BY "
     "4.0 with Attribution to The Computational Democracy Project."
@@ -72,8 +72,8 @@ def _read(source: str) -> tuple[Dataset, Dataset | None]:
     """The training split of a source, and its evaluation split if it names one."""
     path = Path(source)
     try:
-        if source == POLIS:
-            files = {name: str(PACKAGED / f"{POLIS}.{name}.jsonl.gz") for name in ("train", "test")}
+        if source in (MADE_UP, POLIS):
+            files = {name: str(PACKAGED / f"{source}.{name}.jsonl.gz") for name in ("train", "test")}
             found = datasets.load_dataset("json", data_files=files)
         elif path.is_dir():
             saved = any((path / name).exists() for name in ("state.json", "dataset_dict.json"))

@@ -6,10 +6,8 @@ import copy
 import json
 import os
 import sys
-import time
 import warnings
 from collections import Counter
-from collections.abc import Sequence
 from contextlib import nullcontext
 from itertools import pairwise
 from pathlib import Path
@@ -28,7 +26,7 @@ from grpo_kernels.integrations import callbacks, checkpoints
 from grpo_kernels.integrations import datasets as pairs
 from grpo_kernels.integrations import transformers as hf
 from grpo_kernels.integrations.trl.data import PAIR_OPTIONS, GroupColumn
-from grpo_kernels.training import embedded_task, report, start
+from grpo_kernels.training import report, start
 from grpo_kernels.training.options import loss_at_zero, parse
 
 UNIFORM = {"group_step_size": 0.0, "group_options": None, "group_baseline": None, "group_estimator": "importance"}
@@ -40,7 +38,7 @@ LOSS_OPTIONS = (  # beside beta and loss_type: others make another objective, wh
 ARMS: dict[str, dict[str, Any]] = {"plain": UNIFORM, "IS": UNIFORM, "robust": {}}  # changes of the trainer's config
 
 
-def train(arguments: Sequence[str]) -> int:
+def train(arguments: list[str]) -> int:
     """The exit status: 0, or 130 and 143 for a run that Ctrl-C or SIGTERM has stopped with everything saved."""
     warnings.simplefilter("ignore", FutureWarning)  # of the libraries about each other
     logging.set_verbosity_error()
@@ -48,7 +46,7 @@ def train(arguments: Sequence[str]) -> int:
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # its errors are raised, too
     run, stop = None, callbacks.StopOnSignal()
     try:
-        run = Run(list(arguments), stop)
+        run = Run(arguments, stop)
         with checkpoints.alone_in(run.out) if run.is_main else nullcontext():
             run.start()
     except callbacks.Interrupted as interrupted:
@@ -85,33 +83,27 @@ class Run:
             print(text, file=file or sys.stdout, flush=True)
 
     def start(self) -> None:
+        options, config = self.options, self.config
+        skip = options.on_bad_row == "skip"
+        how = pairs.Reading(config.group_column, skip, options.eval_fraction, options.split_by, config.seed)
         with self.ranks.main_process_first():
-            self.train_rows, self.eval_rows = self._rows()
+            self.train_rows, self.eval_rows = pairs.load_pairs(options.data, options.eval_data, how)
         if len(self.train_rows) < 5000:  # tokenising takes no time: no bars
             datasets.disable_progress_bars()
         facts = self._facts()
         self._check_or_save(facts)
         self._describe(facts)
-        name = self.model.model_name_or_path or start.small_model(
-            self.out / "start", self.train_rows, self.options, self.config
-        )
-        self.tokenizer = start.tokenizer_of(name, self.config, self.model)
-        for rows, source in ((self.train_rows, self.options.data), (self.eval_rows, self.options.eval_data)):
-            pairs.check_tokens(rows, self.tokenizer, source or self.options.data or "of the embedded task")
-        arms = list(ARMS) if self.options.compare else ["robust"]
+        small = self.out / "start"
+        name = self.model.model_name_or_path or start.small_model(small, self.train_rows, options, config)
+        self.tokenizer = start.tokenizer_of(name, config, self.model)
+        for rows, source in ((self.train_rows, options.data), (self.eval_rows, options.eval_data)):
+            pairs.check_tokens(rows, self.tokenizer, source or options.data)
+        arms = list(ARMS) if options.compare else ["robust"]
         for arm in arms:
             if not (self.out / arm / "model").exists():
                 self._train_arm(arm, name)
         if self.is_main:
             report.finish(self.out, arms, facts)
-
-    def _rows(self) -> tuple[datasets.Dataset, datasets.Dataset]:
-        options, seed = self.options, self.config.seed
-        if options.data is None:
-            return embedded_task.data_set(2000, seed), embedded_task.data_set(600, seed + 10_000)
-        skip = options.on_bad_row == "skip"
-        how = pairs.Reading(self.config.group_column, skip, options.eval_fraction, options.split_by, seed)
-        return pairs.load_pairs(options.data, options.eval_data, how)
 
     def _facts(self) -> dict[str, Any]:
         """What results.json says of the run, and what must be the same when it is resumed."""
@@ -127,7 +119,7 @@ class Run:
         per_step = config.per_device_train_batch_size * config.gradient_accumulation_steps * self.ranks.num_processes
         return {
             "model": model or "small Llama",
-            "data": self.options.data or "embedded task",
+            "data": self.options.data,
             "loss_type": " + ".join(config.loss_type),
             "beta": config.beta,
             "step_size": config.group_step_size,
@@ -163,20 +155,19 @@ class Run:
     # -- an arm ------------------------------------------------------------------------------------------------
 
     def _train_arm(self, arm: str, name: str) -> None:
-        began, folder = time.perf_counter(), self.out / arm
+        folder = self.out / arm
         trainer = self._trainer(arm, name, folder)
         checkpoint = checkpoints.to_go_on_from(folder) if self.options.resume else None
         if checkpoint is not None:
             trainer.args.eval_on_start = False  # it is in the checkpoint's history
-        trainer.train(resume_from_checkpoint=checkpoint)
+        trained = trainer.train(resume_from_checkpoint=checkpoint)
         if self.stop.number:
             raise callbacks.Interrupted(self.stop.number)
         if self.is_main:
-            samples, seconds = report.samples_of(trainer, self.options), round(time.perf_counter() - began, 1)
             # max_length may have left some out of those that the file has
-            of_pairs = Counter(trainer.train_dataset[trainer.group_column.prepared])
-            about = {"group_names": trainer.group_names, "samples": samples, "seconds": seconds}
-            about["train_pairs"] = dict(sorted(of_pairs.items()))
+            train_pairs = Counter(trainer.train_dataset[trainer.group_column.prepared])
+            about = {"group_names": trainer.group_names, "train_pairs": dict(sorted(train_pairs.items()))}
+            about |= {"samples": report.samples_of(trainer, self.options), "seconds": trained.metrics["train_runtime"]}
             with checkpoints.whole(folder / "arm.json") as part:
                 part.write_text(json.dumps(about))
         model = folder / "model"  # the last to be written: an arm that has it is done
@@ -189,7 +180,6 @@ class Run:
         config.__dict__.update(ARMS[arm], output_dir=str(folder))
         loading = {"dtype": model.dtype, "attn_implementation": model.attn_implementation}
         config.model_init_kwargs = {**loading, "revision": model.model_revision, **(config.model_init_kwargs or {})}
-        folder.mkdir(exist_ok=True)
         watchers = [self.stop, callbacks.EvaluateAtTheEnd(), callbacks.Metrics(folder / "metrics.jsonl")]
         if self.options.early_stopping_patience is not None:
             watchers.append(EarlyStoppingCallback(self.options.early_stopping_patience))
@@ -208,8 +198,8 @@ class Run:
         if self.options.samples and (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
             raise ValueError("samples must be 0 under FSDP and DeepSpeed: a rank has no whole model to answer with")
         if arm == "plain":  # alpha_g = N_g / N undoes the importance weights N / N_g: the mean over pairs
-            sizes: Any = trainer.group_weights.group_sizes
-            trainer.group_weights.log_alpha.copy_((sizes.double() / sizes.sum()).log())
+            weights: Any = trainer.group_weights
+            weights.log_alpha.copy_(weights.group_sizes.double().log().log_softmax(0))
         for dtype in {p.dtype for p in trainer.model.parameters() if p.requires_grad} & {torch.bfloat16, torch.float16}:
             warnings.warn(f"small steps do not move {dtype} weights: leave --dtype at float32", stacklevel=2)
         return trainer

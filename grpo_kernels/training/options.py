@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import re
 import shlex
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -17,6 +16,7 @@ from trl import ModelConfig, TrlParser
 
 from grpo_kernels import validation
 from grpo_kernels.functional import preference_losses
+from grpo_kernels.integrations import datasets as pairs
 from grpo_kernels.integrations.trl import GroupRobustDPOConfig
 
 
@@ -30,10 +30,10 @@ class TrainOptions:
 
     _argument_group_name: ClassVar[str] = "what to train on and what to show"
 
-    data: str | None = _option(
-        None,
+    data: str = _option(
+        pairs.MADE_UP,
         "JSONL, JSON, CSV or Parquet file (.gz too) in one of TRL's preference formats with a group column, a "
-        "directory, 'polis-housing-mini', or a name on the Hugging Face hub; default: an embedded task",
+        f"directory, {pairs.MADE_UP!r} or {pairs.POLIS!r}, which come with this, or a name on the Hugging Face hub",
     )
     eval_data: str | None = _option(None, "the same, to evaluate on; default: a part of the data, from each group")
     eval_fraction: float = _option(0.2, "that part")
@@ -53,11 +53,8 @@ class TrainOptions:
         for name, least in (("samples", 0), ("sample_tokens", 1), ("sft_steps", 0), ("early_stopping_patience", 1)):
             if getattr(self, name) is not None:
                 validation.check_whole_number(name, getattr(self, name), least)
-        if self.eval_data is not None and self.data is None:
-            raise ValueError("eval_data needs data: the embedded task brings its own evaluation pairs")
-        is_split = self.data is not None and self.eval_data is None
-        self.check_idle("eval_fraction", is_split, "data that is split, without eval_data")
-        self.check_idle("split_by", is_split, "data that is split, without eval_data")
+        for name in ("eval_fraction", "split_by"):
+            self.check_idle(name, self.eval_data is None, "data that is split, without eval_data")
         self.check_idle("sample_tokens", self.samples > 0, "samples")
 
     def check_idle(self, name: str, has_meaning: bool, beside: str) -> None:
@@ -127,18 +124,15 @@ SMALL_MODEL = {
 }
 
 
-def parse(arguments: Sequence[str]) -> tuple[TrainOptions, TrainerOptions, ModelOptions]:
+def parse(arguments: list[str]) -> tuple[TrainOptions, TrainerOptions, ModelOptions]:
     """
     Raises:
         ValueError: an option is unknown, or its value breaks a rule; the message names it.
         SystemExit: --help, or a value of another type (argparse).
     """
-    kinds = (TrainOptions, TrainerOptions, ModelOptions)
-    parser = TrlParser(kinds, prog="grpo_kernels train", allow_abbrev=False)
-    defaults = {"output_dir": f"runs/{datetime.now():%Y%m%d-%H%M%S}", **DEFAULTS}
-    if not torch.accelerator.is_available():
-        defaults |= ON_CPU
-    parser.set_defaults_with_config(**defaults)
+    parser = TrlParser((TrainOptions, TrainerOptions, ModelOptions), prog="grpo_kernels train", allow_abbrev=False)
+    on_cpu = {} if torch.accelerator.is_available() else ON_CPU
+    parser.set_defaults_with_config(output_dir=f"runs/{datetime.now():%Y%m%d-%H%M%S}", **DEFAULTS, **on_cpu)
     _check_file_of_options(arguments)
     options, config, model = _parsed(parser, arguments)
     if model.model_name_or_path is None:
@@ -153,13 +147,13 @@ def parse(arguments: Sequence[str]) -> tuple[TrainOptions, TrainerOptions, Model
     return options, config, model
 
 
-def _parsed(parser: TrlParser, arguments: Sequence[str]) -> Any:
+def _parsed(parser: TrlParser, arguments: list[str]) -> Any:
     """
     Raises:
         ValueError: a value breaks a rule; where TRL or Transformers names no option, all that were given.
     """
     try:
-        return parser.parse_args_and_config(list(arguments))
+        return parser.parse_args_and_config(list(arguments))  # which takes --config out
     except Exception as error:
         given = {word[2:].partition("=")[0].replace("-", "_") for word in arguments if word.startswith("--")}
         said = " ".join(str(error).split())
@@ -168,21 +162,19 @@ def _parsed(parser: TrlParser, arguments: Sequence[str]) -> Any:
         raise ValueError(said) from error
 
 
-def _check_file_of_options(arguments: Sequence[str]) -> None:
+def _check_file_of_options(arguments: list[str]) -> None:
     """
     Raises:
-        ValueError: nothing comes after --config, or the file is no YAML with options by name.
+        ValueError: what comes after --config is no YAML file with options by name.
     """
     if "--config" not in arguments:
         return
-    path = next(iter(arguments[arguments.index("--config") + 1 :]), None)
-    if path is None:
-        raise ValueError("config must be a YAML file, got nothing after --config")
+    path = "".join(arguments[arguments.index("--config") + 1 :][:1])
     try:
         options = yaml.safe_load(Path(path).read_text())
     except Exception as error:  # no file, no UTF-8, no YAML, too deep; values that are not what their tags say
-        reason = error if isinstance(error, OSError | yaml.YAMLError | ValueError) else repr(error)
-        raise ValueError(f"config must be a YAML file, {path!r} is not: {' '.join(str(reason).split())}") from error
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ValueError(f"config must be a YAML file, {path!r} is not: {reason}") from error
     if not isinstance(options, dict) or not all(isinstance(name, str) for name in options):
         raise ValueError(f"config must hold options by name, {path!r} holds {options!r}")
 

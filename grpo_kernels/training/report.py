@@ -29,7 +29,7 @@ def finish(out: Path, arms: list[str], facts: dict[str, Any]) -> None:
     histories, about, runs = {}, {}, {}
     for arm in arms:
         with reading(out / arm / "arm.json"):
-            written = {"train_pairs": facts["groups"], **json.loads((out / arm / "arm.json").read_text())}
+            written = json.loads((out / arm / "arm.json").read_text())
             about[arm] = {name: written[name] for name in ("group_names", "train_pairs", "samples", "seconds")}
             groups = about[arm]["group_names"]
         with reading(out / arm / "metrics.jsonl"):
@@ -102,9 +102,9 @@ def _print_table(console: Any, results: dict[str, Any]) -> None:
         table.add_row(*first, arm, loss, f"{last['worst_loss']:.3f}", best["worst_group"], "")
         first = ("", "")
     console.print(table)
-    steps = ", ".join(f"{arm} {run['best']['step']} of {run['last']['step']}" for arm, run in runs.items())
-    seconds = ", ".join(f"{arm} {value} s" for arm, value in results["seconds"].items())
-    console.print(f"best step, kept: {steps}; {seconds}; peak memory {results['peak_rss_gib']} GiB", highlight=False)
+    steps = {arm: f"{arm} {run['best']['step']} of {run['last']['step']}" for arm, run in runs.items()}
+    kept = ", ".join(f"{step} in {results['seconds'][arm]:.0f} s" for arm, step in steps.items())
+    console.print(f"best step, kept: {kept}; peak memory {results['peak_rss_gib']} GiB", highlight=False)
 
 
 def _save_picture(histories: dict[str, list[Record]], groups: list[str], results: dict[str, Any], path: Path) -> None:

@@ -15,7 +15,6 @@ from grpo_kernels.integrations import callbacks, checkpoints
 from grpo_kernels.integrations import transformers as hf
 from grpo_kernels.training.options import ModelOptions, TrainerOptions, TrainOptions
 
-VOCABULARY, SIZES = 512, {"hidden_size": 64, "num_layers": 2}
 SHARED = (  # what the warm-up takes over from the arms' options
     *("per_device_train_batch_size", "max_length", "bf16", "fp16", "use_cpu", "gradient_checkpointing"),
     *("disable_tqdm", "dataloader_pin_memory", "ddp_backend", "logging_steps"),
@@ -32,10 +31,10 @@ def small_model(folder: Path, rows: Dataset, options: TrainOptions, config: Trai
         return str(folder)
     if not isinstance(rows[0].get("prompt"), str):
         raise ValueError("data must be texts with a prompt where there is no --model: messages need a chat template")
-    tokenizer = hf.byte_level_tokenizer((text for name in ("prompt", "chosen") for text in rows[name]), VOCABULARY)
+    tokenizer = hf.byte_level_tokenizer((text for name in ("prompt", "chosen") for text in rows[name]), 512)
     torch.manual_seed(config.seed)
     pad_id, length = hf.pad_token_id(tokenizer), config.max_length or 1024
-    model = hf.small_llama(len(tokenizer), **SIZES, max_length=length, pad_id=pad_id)
+    model = hf.small_llama(len(tokenizer), hidden_size=64, num_layers=2, max_length=length, pad_id=pad_id)
     if options.sft_steps:
         args = SFTConfig(
             str(folder.parent),

@@ -1,4 +1,6 @@
-"""A small made-up preference task whose groups want different things, so that the worst group matters.
+"""How the pairs were made that `train` learns from without --data: groups that want different things.
+
+    python examples/made_up_pairs.py FOLDER     writes made-up-colours.train.jsonl.gz and .test.jsonl.gz
 
 Questions about the colour of things. An answer has three traits: friendly or formal, long or short, right or wrong.
 The two answers of a pair differ in one trait. All groups prefer right; on the rest they pull apart:
@@ -14,10 +16,13 @@ casual and editors disagree, which costs every group log 2 on such pairs. This f
 
 from __future__ import annotations
 
+import gzip
+import json
 import random
+import sys
+from pathlib import Path
 
-from datasets import Dataset
-
+NAME, SPLITS = "made-up-colours", {"train": (2000, 42), "test": (600, 10_042)}  # numbers of pairs, and seeds
 SHARES = {"casual": 0.70, "business": 0.22, "editors": 0.08}
 PREFERS = {
     "casual": {"tone": "friendly", "length": "long"},
@@ -52,9 +57,11 @@ def generate_pairs(num_pairs: int, seed: int) -> list[dict[str, str]]:
     return pairs
 
 
-def data_set(num_pairs: int, seed: int) -> Dataset:
-    """The pairs in a file of `datasets`' cache, where what is made of them is found again, too."""
-    return Dataset.from_generator(generate_pairs, gen_kwargs={"num_pairs": num_pairs, "seed": seed})
+def write(folder: Path) -> None:
+    """One file for each split; the same bytes every time."""
+    for split, (num_pairs, seed) in SPLITS.items():
+        lines = "".join(json.dumps(pair) + "\n" for pair in generate_pairs(num_pairs, seed))
+        (folder / f"{NAME}.{split}.jsonl.gz").write_bytes(gzip.compress(lines.encode(), mtime=0))
 
 
 def _pair(group: str, rng: random.Random) -> dict[str, str]:
@@ -78,3 +85,7 @@ def _answer(thing: str, colour: str, wrong: str, traits: dict[str, str]) -> str:
         text = f" The colour is {said}."
         more = f" This is the usual colour of a {thing}."
     return text + more if traits["length"] == "long" else text
+
+
+if __name__ == "__main__":
+    write(Path(sys.argv[1]))
