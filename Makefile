@@ -120,7 +120,7 @@ figures: plots
 	rm -rf $(FIGURES)
 	$(PY) -m grpo_kernels train --compare --out $(FIGURES)/train
 	$(PY) -m grpo_kernels reproduce --out $(FIGURES)/reproduce
-	cp $(FIGURES)/train/training.png docs/images/embedded_task.png
+	cp $(FIGURES)/train/training.png docs/images/made_up_colours.png
 	for picture in curves methods chi gap; do \
 	  cp $(FIGURES)/reproduce/$$picture.png docs/images/reproduce_$$picture.png || exit; done
 
