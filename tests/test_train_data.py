@@ -81,6 +81,13 @@ def test_kinds_of_files_are_read_alike(kind: str, tmp_path: Path) -> None:
         assert len(pairs.load_pairs(source, None, pairs.Reading())[1]) == 5
 
 
+def test_a_parquet_file_without_rows(tmp_path: Path) -> None:
+    path = tmp_path / "pairs.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({name: [""] for name in GOOD}).slice(1), path)
+    with pytest.raises(ValueError, match=r"pairs\.parquet: holds no preference pairs"):
+        read(str(path))
+
+
 def test_the_packaged_pairs() -> None:
     train, evaluation = pairs.load_pairs(pairs.POLIS, None, pairs.Reading())
     assert Counter(train["group"]) == {"majority": 360, "minority": 60}

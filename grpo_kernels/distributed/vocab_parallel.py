@@ -61,6 +61,7 @@ class ShardKernels:
         label_logits = logits.gather(-1, column).squeeze(-1).double()  # before `out`, perhaps the logits, is written
         own, whole = lse[..., OWN].double().sum(-1), lse[..., ALL].double().sum(-1)
         share = torch.where(counted, (own - whole).exp(), 0.0)
+        local = local.masked_fill(own == -torch.inf, ignore_index)  # all masked: no softmax, and a gradient of 0
         self.kernels.token_logps_backward(
             dtoken_logps * share.to(dtoken_logps.dtype), logits, local, lse[..., OWN].contiguous(), ignore_index, out
         )

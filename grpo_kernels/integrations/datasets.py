@@ -17,6 +17,7 @@ from typing import Any
 
 import datasets
 from datasets import Dataset, DatasetDict
+from pyarrow import parquet
 
 READERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
 NO_PAIRS = "holds no preference pairs"
@@ -104,7 +105,7 @@ def _read_file(path: Path) -> Dataset:
     kind = _kind(path)
     if kind is None:
         raise ValueError(f"must end with one of {', '.join(READERS)} (and .gz), got {path.name!r}")
-    if not path.stat().st_size:
+    if not path.stat().st_size or (kind == "parquet" and not parquet.read_metadata(path).num_rows):
         raise ValueError(NO_PAIRS)
     more = {"sep": "\t"} if ".tsv" in path.suffixes else {}
     return datasets.load_dataset(kind, data_files=str(path), split="train", **more)

@@ -12,8 +12,9 @@ coefficients are known only after the whole batch, so a fourth makes the logits 
 
 A product fewer where weight or hidden needs no gradient. "sweep" is kernels/linear_pairs.py, the others are
 kernels/linear.py. The plan taken is the one predicted to be done first, of those whose memory fits: products at the
-device's rate or as fast as their operands can be read, row kernels and sums at its bandwidth, and launches. Within a
-hundredth of the best time a plan that saves memory wins, not one that saves next to none with smaller chunks.
+device's rate or as fast as their operands can be read (on a CPU one after the other), row kernels, sums and new memory
+at its bandwidth, and launches. Within a hundredth of the best time a plan that saves memory wins, not one that saves
+next to none with smaller chunks.
 """
 
 from __future__ import annotations
@@ -261,11 +262,12 @@ def _plan(shape: LinearShape, name: str, chunk_rows: int, kept_rows: int) -> Lin
         extra -= chunk_rows * logits_row
     extra += kept_rows * logits_row + _needed_bytes(shape, name, chunk_rows)
 
-    # Time. A product of few rows is as slow as its operands are read.
+    # Time. On a GPU a product of few rows is as slow as its operands are read; a CPU reads them before it multiplies.
     device = shape.device
     operands = (shape.head_elements + chunk_rows * (shape.hidden_size + shape.vocab_size)) * shape.itemsize
     flops = 2 * chunk_rows * shape.head_elements
-    one_product = max(flops / device.flops[shape.itemsize], operands / device.bytes_a_second)
+    multiplied, read = flops / device.flops[shape.itemsize], operands / device.bytes_a_second
+    one_product = multiplied + read if shape.on_cpu else max(multiplied, read)
     seconds = products * (rows / chunk_rows) * one_product
     passes = 1 if name == "none" else 3  # the forward reads, the gradient reads and writes
     traffic = passes * rows * logits_row
@@ -278,5 +280,6 @@ def _plan(shape: LinearShape, name: str, chunk_rows: int, kept_rows: int) -> Lin
             # In the end the sums and the states are multiplied by what the forecast lacked.
             traffic += shape.head_elements * (shape.sum_itemsize + (shape.weight_itemsize or shape.itemsize))
             traffic += 2 * rows * shape.hidden_size * shape.itemsize
+    traffic += int(extra) * shape.on_cpu  # memory that the system clears first
     seconds += traffic / device.bytes_a_second + chunks * LAUNCHES_A_CHUNK * device.launch_seconds
     return LinearPlan(name, chunk_rows, kept_rows, needs, shape.accumulate_dtype, products, int(extra), seconds)

@@ -78,6 +78,7 @@ def _logps_of_chunk(chunk: Tensor, labels: Tensor, scratch: Tensor) -> tuple[Ten
     """
     labels, known = _clamped(labels, chunk.shape[1])
     maximum, label_logits = chunk.amax(1, keepdim=True).to(scratch.dtype), chunk.gather(1, labels).to(scratch.dtype)
+    maximum.masked_fill_(maximum == -torch.inf, 0)  # a row of -inf has an lse of -inf
     exponentials = _exponentials(chunk, maximum, scratch)
     total = exponentials.sum(1, keepdim=True)
     lse = torch.cat([maximum, total.log()], dim=1)

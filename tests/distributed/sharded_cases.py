@@ -36,6 +36,9 @@ def vocabulary_sharded_logits() -> None:
     logits, labels, *_ = part(batch, slice(None))
     labels[2] = -100
     labels[0, 1], labels[0, 2] = 0, vocab - 1
+    # All that the first rank has is masked, and all that the others have.
+    logits[4, :, 0], labels[4] = -torch.inf, labels[4].clamp(min=1)
+    logits[5, :, 1:], labels[5] = -torch.inf, 0
     upstream = torch.linspace(-1, 2, 6, dtype=torch.float64)
     for offset, tolerance in ((0.0, EXACT), (1e4, {"rtol": 1e-9, "atol": 1e-9})):
         whole = (logits.detach() + offset).requires_grad_()
