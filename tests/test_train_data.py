@@ -362,7 +362,7 @@ def test_bad_options_are_named(
         "number": b"loss_type: 3\n",
         "stamp": b"seed: !!timestamp x\n",
         "truth": b"compare: !!bool maybe\n",
-        "deep": b"[" * 500,
+        "deep": b"[" * 20_000,
         "environment": b"env: 3\n",
     }
     for name, text in files.items():
