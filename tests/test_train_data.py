@@ -334,7 +334,7 @@ def test_a_file_of_options(tmp_path: Path) -> None:
         (["--accelerator_config", "none.json"], " --accelerator_config none.json"),
         (["--accelerator_config", '{"none": 1}'], "unexpected keyword argument 'none', with the options --out "),
         (["--config", "environment.yaml"], "`env` field should be a dict in the YAML file, with the options --out "),
-        (["--config"], "config must be a YAML file, '' is not: "),
+        (["--config"], "config must be a YAML file, got nothing after --config"),
         (
             ["--config", "broken.yaml"],
             "config must be a YAML file, 'broken.yaml' is not: ParserError: while parsing a flow",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 import shlex
 from dataclasses import dataclass, field
@@ -142,7 +141,7 @@ def parse(arguments: list[str]) -> tuple[TrainOptions, TrainerOptions, ModelOpti
         options.check_idle(name, model.model_name_or_path is None, "the small model, without --model,")
     elsewhere = {"rule", "step_size"} & set(config.group_options or {})
     at_zero = loss_at_zero(config)
-    if config.group_step_size is None and not elsewhere and 0 < at_zero < math.inf:
+    if config.group_step_size is None and not elsewhere and 0 < at_zero < torch.inf:
         config.group_step_size = 0.05 / at_zero  # in its units DPO and IPO move alpha alike
     return options, config, model
 
@@ -165,11 +164,13 @@ def _parsed(parser: TrlParser, arguments: list[str]) -> Any:
 def _check_file_of_options(arguments: list[str]) -> None:
     """
     Raises:
-        ValueError: what comes after --config is no YAML file with options by name.
+        ValueError: nothing comes after --config, or what is no YAML file with options by name.
     """
     if "--config" not in arguments:
         return
-    path = "".join(arguments[arguments.index("--config") + 1 :][:1])
+    path = next(iter(arguments[arguments.index("--config") + 1 :]), None)
+    if path is None:
+        raise ValueError("config must be a YAML file, got nothing after --config")
     try:
         options = yaml.safe_load(Path(path).read_text())
     except Exception as error:  # no file, no UTF-8, no YAML, too deep; values that are not what their tags say
