@@ -160,6 +160,7 @@ def test_group_weights_follow_the_rule(case: tuple[str, float]) -> None:
     assert torch.isfinite(out.loss)
 
 
+@pytest.mark.interpreted(case=[CASES[6], "loss_ema"])
 @pytest.mark.parametrize("case", [*CASES[::3], "loss_ema"])
 def test_all_backends_move_alpha_by_the_rule(case, backend: str) -> None:
     """Backends that fuse the update have the default rule only; the others must not be taken for it."""

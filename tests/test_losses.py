@@ -98,6 +98,7 @@ def test_swapping_chosen_and_rejected_changes_the_loss(backend: str) -> None:
     assert difference.abs().min() > 1e-3
 
 
+@pytest.mark.interpreted(path=["logits", "sweep"])
 @pytest.mark.parametrize("path", ["logits", "packed", "from_logps", "sweep", "keep", "recompute"])
 def test_interleaved_pairs_are_the_same_pairs(backend: str, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows in the order of one layout, all that a loss returns and the gradient, in the order of the other."""

@@ -127,14 +127,16 @@ def training_command() -> str:
     return next(command for command in SHELL if "--data" in command)
 
 
-def test_training_on_your_own_pairs(tmp_path: Path) -> None:
+def test_training_on_your_own_pairs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lines = [
         {"prompt": f"{i}?", "chosen": f"yes {i}", "rejected": f"no {i}", "group": "north" if i % 3 else "south"}
         for i in range(40)
     ]
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    command = [sys.executable, *shlex.split(training_command())[1:]]
-    subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
+    monkeypatch.chdir(tmp_path)
+    words = shlex.split(training_command())
+    assert words[:3] == ["python", "-m", "grpo_kernels"]
+    assert main(words[3:]) == 0
     results = json.loads((tmp_path / "runs" / "mine" / "results.json").read_text())
     assert set(results["runs"]["plain"]["best"]["groups"]) == {"north", "south"}
 

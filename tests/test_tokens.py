@@ -75,6 +75,7 @@ def assert_metrics(got: gk.TokenMetrics, exact: gk.TokenMetrics, dtype: torch.dt
         assert not one.requires_grad, name
 
 
+@pytest.mark.interpreted(dtype=torch.float32, of_sequences=True)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("of_sequences", [False, True])
 def test_metrics_of_logits(backend: str, dtype: torch.dtype, of_sequences: bool) -> None:
@@ -98,6 +99,7 @@ def test_metrics_of_logits(backend: str, dtype: torch.dtype, of_sequences: bool)
     assert 0 < int(metrics.is_top1.sum()) < int((labels != -100).sum())
 
 
+@pytest.mark.interpreted(plan="auto")
 @pytest.mark.parametrize("plan", ["auto", "recompute"])
 def test_metrics_of_hidden_states(backend: str, plan: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """From the chunks of every plan ("auto" keeps, or takes the frozen head's), padded, packed, shifted."""

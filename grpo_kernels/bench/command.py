@@ -19,7 +19,7 @@ import torch
 from grpo_kernels.bench import linear, logits
 from grpo_kernels.bench.cases import DEFAULT, QUICK, Case, LinearCase, select, why_not
 from grpo_kernels.bench.machine import available_bytes, copy_gbps, environment, folder_name, read_gbps
-from grpo_kernels.bench.suite import Suite, peak_of_fresh_process, records_of
+from grpo_kernels.bench.suite import Suite, records_of
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -29,15 +29,6 @@ SUITES: dict[str, Suite] = {"logits": logits.SUITE, "linear": linear.SUITE}
 
 def suite_name(case: Case | LinearCase) -> str:
     return "linear" if isinstance(case, LinearCase) else "logits"
-
-
-def report_peak_memory() -> None:
-    """The child process of `suite.resident_peak_mib`: prints one number."""
-    request = json.loads(sys.argv[-1])
-    suite = SUITES[request["suite"]]
-    contender = next(one for one in suite.contenders if one.name == request["contender"])
-    case = (LinearCase if request["suite"] == "linear" else Case)(**request["case"])
-    print(peak_of_fresh_process(suite, contender, case))
 
 
 def repetitions_of(case: Case | LinearCase, device: str, quick: bool) -> int:

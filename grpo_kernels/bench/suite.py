@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
-import json
-import subprocess
-import sys
+import multiprocessing
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from statistics import median, quantiles
@@ -165,14 +164,21 @@ def _in_short(error: Exception) -> str:
 
 
 def resident_peak_mib(suite_name: str, contender: Contender, case: Any) -> float:
-    """Resident memory at the peak of one step above what it was before, in a fresh process on the CPU (Linux)."""
-    request = json.dumps({"suite": suite_name, "contender": contender.name, "case": asdict(case)})
-    command = [sys.executable, "-c", "from grpo_kernels.bench import command; command.report_peak_memory()", request]
-    return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1])
+    """Resident memory at the peak of one step above what it was before, in a fresh process on the CPU (Linux).
+
+    It is a fork of a process that has done nothing but import PyTorch, which is what a process costs most.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    with ProcessPoolExecutor(1, context) as fresh:
+        return fresh.submit(_peak_in_this_process, suite_name, contender.name, case).result()
 
 
-def peak_of_fresh_process(suite: Suite, contender: Contender, case: Any) -> float:
-    """The child's part of `resident_peak_mib`."""
+def _peak_in_this_process(suite_name: str, contender_name: str, case: Any) -> float:
+    from grpo_kernels.bench.command import SUITES
+
+    suite = SUITES[suite_name]
+    contender = next(one for one in suite.contenders if one.name == contender_name)
     operation = contender.build(case)
     step(operation, suite.inputs_of(replace(case, num_sequences=2, length=16), "cpu"))  # loads libraries, compiles
     inputs = suite.inputs_of(case, "cpu")
