@@ -30,7 +30,7 @@ SMALL_LINEAR = LinearCase(4, 24, 16, 300, ignored=0.25)
 @pytest.fixture(autouse=True)
 def _peaks_without_a_process_each(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if request.function is not test_peak_memory:
-        monkeypatch.setattr(bench_suite, "resident_peak_mib", lambda *_: 12.5)
+        monkeypatch.setattr(bench_suite, "resident_peaks_mib", lambda suite, names, case: dict.fromkeys(names, 12.5))
 
 
 def contender(suite: bench_suite.Suite, name: str) -> bench_suite.Contender:
@@ -108,8 +108,9 @@ def test_peak_memory() -> None:
     """8 x 512 x 8000 float32 are 125 MiB: eager holds copies of it; ours in place hold a chunk or nothing."""
     case = Case(8, 512, 8000, "float32")
     names = ["reference", "torch", "torch in place", "cpp", "cpp in place"]
-    able = [contender(LOGITS, name) for name in names if contender(LOGITS, name).why_not("cpu") is None]
-    peaks = {one.name: bench_suite.resident_peak_mib("logits", one, case) for one in able}
+    able = [name for name in names if contender(LOGITS, name).why_not("cpu") is None]
+    peaks = bench_suite.resident_peaks_mib("logits", able, case)
+    assert list(peaks) == able
     assert peaks["torch in place"] < 32
     assert 100 < peaks["torch"] < 125 + 32
     assert peaks["reference"] > 250
@@ -237,6 +238,8 @@ def test_cases_by_name() -> None:
     assert {case.ignored for name, case in chosen.items() if "ignored" in name} == {0.0, 0.5, 0.9}
     assert chosen["logits/llama-3-70b/groups1000000"].num_groups == 1_000_000
     assert chosen["linear/llama-3-70b/groups1000000"].num_groups == 1_000_000
+    for case in bench_cases.DEFAULT:
+        assert list(bench_cases.select([case.name]).values()) == [case], "by its record's name"
     names = [case.name for case in bench_cases.NAMED.values()]
     assert len(set(names)) >= 100
     with pytest.raises(ValueError, match="no case is named 'lgits/"):

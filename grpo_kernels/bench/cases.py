@@ -173,7 +173,7 @@ def _named() -> dict[str, Case | LinearCase]:
     for groups in GROUPS:
         cases[f"logits/growth/groups{groups}"] = Case(8, 128, 32_000, "float32", num_groups=groups)
         cases[f"linear/growth/groups{groups}"] = LinearCase(8, 128, 512, 32_000, num_groups=groups)
-    return cases
+    return cases | {case.name: case for case in (*DEFAULT, *QUICK)}
 
 
 NAMED = _named()

@@ -6,6 +6,7 @@ benchmarks/README.md is the protocol; suite.py measures, logits.py and linear.py
 from __future__ import annotations
 
 import json
+import multiprocessing
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -19,9 +20,11 @@ import torch
 from grpo_kernels.bench import linear, logits
 from grpo_kernels.bench.cases import DEFAULT, QUICK, Case, LinearCase, select, why_not
 from grpo_kernels.bench.machine import available_bytes, copy_gbps, environment, folder_name, read_gbps
-from grpo_kernels.bench.suite import Suite, records_of
+from grpo_kernels.bench.suite import Contender, Suite, peak_of_fresh_process, records_of
 
 if TYPE_CHECKING:
+    from multiprocessing.connection import Connection
+
     from rich.table import Table
 
 SUITES: dict[str, Suite] = {"logits": logits.SUITE, "linear": linear.SUITE}
@@ -29,6 +32,27 @@ SUITES: dict[str, Suite] = {"logits": logits.SUITE, "linear": linear.SUITE}
 
 def suite_name(case: Case | LinearCase) -> str:
     return "linear" if isinstance(case, LinearCase) else "logits"
+
+
+def report_peak_memory() -> None:
+    """The fresh process of `suite.resident_peaks_mib`: prints a number for each contender, by its name."""
+    request = json.loads(sys.argv[-1])
+    suite = SUITES[request["suite"]]
+    case = (LinearCase if request["suite"] == "linear" else Case)(**request["case"])
+    peaks, fork = {}, multiprocessing.get_context("fork")
+    for contender in suite.contenders:
+        if contender.name in request["contenders"]:
+            receiver, sender = fork.Pipe(duplex=False)
+            process = fork.Process(target=_send_peak, args=(sender, suite, contender, case))
+            process.start()
+            sender.close()  # so that a process that dies is an EOFError
+            peaks[contender.name] = receiver.recv()
+            process.join()
+    print(json.dumps(peaks))
+
+
+def _send_peak(sender: Connection, suite: Suite, contender: Contender, case: Case | LinearCase) -> None:
+    sender.send(peak_of_fresh_process(suite, contender, case))
 
 
 def repetitions_of(case: Case | LinearCase, device: str, quick: bool) -> int:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
-import multiprocessing
+import json
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from statistics import median, quantiles
@@ -163,22 +164,20 @@ def _in_short(error: Exception) -> str:
     return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:300]}"
 
 
-def resident_peak_mib(suite_name: str, contender: Contender, case: Any) -> float:
-    """Resident memory at the peak of one step above what it was before, in a fresh process on the CPU (Linux).
+def resident_peaks_mib(suite_name: str, contenders: Sequence[str], case: Any) -> dict[str, float]:
+    """Resident memory at the peak of one step above what it was before, on the CPU (Linux), by the contender's name.
 
-    It is a fork of a process that has done nothing but import PyTorch, which is what a process costs most.
+    Each has a process of its own, a fork of a fresh one that has imported PyTorch once for all of them.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
-    with ProcessPoolExecutor(1, context) as fresh:
-        return fresh.submit(_peak_in_this_process, suite_name, contender.name, case).result()
+    request = json.dumps({"suite": suite_name, "contenders": list(contenders), "case": asdict(case)})
+    command = [sys.executable, "-c", "from grpo_kernels.bench import command; command.report_peak_memory()", request]
+    found = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1]
+    peaks: dict[str, float] = json.loads(found)
+    return peaks
 
 
-def _peak_in_this_process(suite_name: str, contender_name: str, case: Any) -> float:
-    from grpo_kernels.bench.command import SUITES
-
-    suite = SUITES[suite_name]
-    contender = next(one for one in suite.contenders if one.name == contender_name)
+def peak_of_fresh_process(suite: Suite, contender: Contender, case: Any) -> float:
+    """A fork's part of `resident_peaks_mib`."""
     operation = contender.build(case)
     step(operation, suite.inputs_of(replace(case, num_sequences=2, length=16), "cpu"))  # loads libraries, compiles
     inputs = suite.inputs_of(case, "cpu")
@@ -208,10 +207,14 @@ def records_of(
             able[contender.name] = contender
         except Exception as error:  # a peer may raise anything; what fails costs the others nothing
             record["failed_because"] = _in_short(error)
+    timed = []
     for one, found in _measured(suite, case, able, repetitions, copied_gbps, device).items():
         records[one] |= found
-        if device == "cpu" and "median_ms" in found:  # now that this process holds no inputs
-            records[one]["peak_extra_mib"] = round(resident_peak_mib(name, able[one], case), 1)
+        if "median_ms" in found:
+            timed.append(one)
+    if device == "cpu" and timed:  # now that this process holds no inputs
+        for one, peak in resident_peaks_mib(name, timed, case).items():
+            records[one]["peak_extra_mib"] = round(peak, 1)
     return list(records.values())
 
 
