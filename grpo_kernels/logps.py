@@ -107,11 +107,13 @@ def _planned_token_logps(
 
 def sums_over_sequences(token_logps: Tensor, rows: Rows) -> Tensor:
     """(S,) sums, or means."""
-    sums, counts = rows.sums(rows.weighted(token_logps)), rows.counts()
-    if rows.context_group is not None:
-        sums, counts = SumOverRanks.apply(torch.stack([sums, counts]), rows.context_group)
+    sums = rows.sums(rows.weighted(token_logps))
     if rows.average:
+        both = torch.stack([sums, rows.counts()])
+        sums, counts = both if rows.context_group is None else SumOverRanks.apply(both, rows.context_group)
         sums = sums / counts.clamp(min=1)
+    elif rows.context_group is not None:
+        sums = SumOverRanks.apply(sums, rows.context_group)
     return sums.to(token_logps.dtype)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import random
 import subprocess
 import sys
 import time
@@ -139,13 +140,14 @@ def measure_times(
 ) -> tuple[dict[str, list[tuple[float, float, float]]], float, dict[str, str]]:
     """(`step` of each repetition by contender, the yardstick's median milliseconds, why others have no times).
 
-    In turns, so that a slow moment meets all.
+    In turns, so that a slow moment meets all, and each round in another order: what the cache and the allocator hold
+    for a contender is up to who came before it.
     """
     yardstick = suite.yardstick(case, inputs)
     times: dict[str, list[tuple[float, float, float]]] = {name: [] for name in operations}
     rulers, failed = [], {}
     for repetition in range(repetitions + WARM_UP):
-        for name in list(times):
+        for name in random.Random(repetition).sample(list(times), len(times)):
             try:
                 laps = step(operations[name], inputs, device)
                 if repetition >= WARM_UP:

@@ -141,7 +141,7 @@ class AlphaState(nn.Module):
 
     def loss_weights(self) -> Tensor:
         """(K,) float64: what weighs L_g in the loss; alpha, mixed with the uniform weights if chi < 1."""
-        return (1 - self.chi) / self.num_groups + self.chi * self.alpha
+        return self.alpha if self.chi == 1 else (1 - self.chi) / self.num_groups + self.chi * self.alpha
 
     @property
     def process_group(self) -> ProcessGroup | None:
