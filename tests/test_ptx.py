@@ -290,7 +290,7 @@ FUSED = "group_robust_fwd"
 RELAXED = ("replaced", FUSED, r"\.acq_rel\.(add\.u32)")
 FAULTS_OF_FUSED = {
     "triton": {
-        "barrier before the ticket": ("without_first_barrier", FUSED, "debug_barrier"),
+        "barrier before the ticket": ("without_barriers_before", FUSED, r"atom\S*\.acq_rel"),
         "barrier before sums of groups": ("without", FUSED, "bar.sync", "sums are read"),
         "barrier of a reduction": ("without", FUSED, "bar.sync", "standard.py"),
         "relaxed ticket": (*RELAXED, r".relaxed.\1"),

@@ -34,12 +34,26 @@ def instructions_by_source(text: str, name: str, opcode: str) -> dict[str, list[
     return found
 
 
-def without_first_barrier(kernel: str, says: str) -> Mutate:
-    """As `without`, but the first alone."""
-    return without(kernel, "bar.sync", says, 1)
+def without_barriers_before(kernel: str, pattern: str) -> Mutate:
+    """Drops the barriers, ours and the compiler's, between the first match of ``pattern`` and the store before it."""
+
+    def mutate(name: str, text: str) -> str:
+        if kernel not in name:
+            return text
+        lines = text.split("\n")
+        end = next((line for line, said in enumerate(lines) if re.search(pattern, said)), 0)
+        begin = max((line for line in range(end) if "st.global" in lines[line]), default=0)
+        barriers = [line for line in range(begin, end) if "bar.sync" in lines[line]]
+        if not barriers:
+            raise LookupError(f"{name} has no barrier before {pattern!r}")
+        for line in barriers:
+            lines[line] = ""
+        return "\n".join(lines)
+
+    return mutate
 
 
-def without(kernel: str, opcode: str, says: str, count: int | None = None) -> Mutate:
+def without(kernel: str, opcode: str, says: str) -> Mutate:
     """Drops the instructions that come from source lines with ``says``: what a programmer would have forgotten."""
 
     def mutate(name: str, text: str) -> str:
@@ -54,7 +68,7 @@ def without(kernel: str, opcode: str, says: str, count: int | None = None) -> Mu
         ]
         if not chosen:
             raise LookupError(f"{name} has no {opcode} from a line that says {says!r}")
-        for line in sorted(chosen)[:count]:
+        for line in chosen:
             lines[line] = re.sub(rf"(@!?\S+\s+)?{re.escape(opcode)}[^;]*;", "", lines[line])
         return "\n".join(lines)
 
