@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from typing import NamedTuple
 
@@ -191,5 +192,6 @@ def select(patterns: Sequence[str]) -> dict[str, Case | LinearCase]:
     """
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in NAMED):
-            raise ValueError(f"no case is named {pattern!r}; there are {', '.join(NAMED)}")
+            near = ", ".join(get_close_matches(pattern, NAMED, n=5, cutoff=0.0))
+            raise ValueError(f"no case is named {pattern!r}; near to it are {near}. benchmarks/README.md has the table")
     return {name: case for name, case in NAMED.items() if any(fnmatchcase(name, pattern) for pattern in patterns)}
