@@ -224,6 +224,24 @@ def test_contenders_see_the_same_logits() -> None:
     assert not failed
 
 
+def test_no_contender_is_always_first() -> None:
+    seen: list[str] = []
+
+    def named(name: str) -> bench_suite.Operation:
+        def operation(logits: torch.Tensor, *rest: torch.Tensor) -> torch.Tensor:
+            seen.append(name)
+            return logits.sum()
+
+        return operation
+
+    bench_suite.measure_times(
+        LOGITS, {name: named(name) for name in "abc"}, SMALL, LOGITS.inputs_of(SMALL, "cpu"), 4, "cpu"
+    )
+    rounds = [seen[first : first + 3] for first in range(0, len(seen), 3)]
+    assert [sorted(one) for one in rounds] == [list("abc")] * (4 + bench_suite.WARM_UP)
+    assert len({one[0] for one in rounds}) > 1
+
+
 def test_cost_counts_only_what_counts() -> None:
     linear = bench_cases.cost(LinearCase(4, 10, 8, 100, ignored=0.5))
     assert [linear[part].flops for part in ("forward", "backward", "both")] == [32000, 64000, 96000]
