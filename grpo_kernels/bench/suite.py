@@ -209,11 +209,9 @@ def records_of(
             able[contender.name] = contender
         except Exception as error:  # a peer may raise anything; what fails costs the others nothing
             record["failed_because"] = _in_short(error)
-    timed = []
     for one, found in _measured(suite, case, able, repetitions, copied_gbps, device).items():
         records[one] |= found
-        if "median_ms" in found:
-            timed.append(one)
+    timed = [one for one, record in records.items() if "median_ms" in record]
     if device == "cpu" and timed:  # now that this process holds no inputs
         for one, peak in resident_peaks_mib(name, timed, case).items():
             records[one]["peak_extra_mib"] = round(peak, 1)

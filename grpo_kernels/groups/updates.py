@@ -62,7 +62,7 @@ class AlphaUpdates(AlphaState):
         losses = self.group_losses(group_loss_sums, group_counts)
         if self.estimator == "importance":  # an absent group's loss of 0 is unbiased as it stands
             present = torch.ones_like(present)
-        finite = torch.isfinite(losses).all()  # of sums that are not, no loss is
+        finite = torch.isfinite(losses).all()  # where a sum is not, its loss is not either
         usable = finite & (group_counts.sum() > 0)
         if self.has_baseline:
             of_baseline = self._baseline(group_loss_sums.double() / _or_one(group_counts), seen_now & usable)
